@@ -1,0 +1,66 @@
+"""What the transformations need of pytrees: wide sums, and leaves matched by path."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.typing import ArrayLike
+
+
+def wide(x: ArrayLike) -> jax.Array:
+    """``x`` in float32 at least: sums of small steps stall in narrower types."""
+    dtype = jnp.result_type(x)
+    return jnp.asarray(x, dtype if jnp.finfo(dtype).bits >= 32 else jnp.float32)
+
+
+def stored(x: ArrayLike) -> jax.Array:
+    """``wide(x)`` as ``x``'s own dtype will hold it once it is written to memory.
+
+    Inside a fusion XLA may keep a narrow type's excess precision; what the parameters
+    really move includes the rounding.
+    """
+    info = jnp.finfo(jnp.result_type(x))
+    if info.bits >= 32:
+        return wide(x)
+    return jax.lax.reduce_precision(
+        wide(x), exponent_bits=info.nexp, mantissa_bits=info.nmant
+    )
+
+
+def align(tree: Any, like: optax.Params, name: str) -> Any:
+    """The leaves of ``tree``, matched by key path, in the containers of ``like``.
+
+    Leaves under an ``optax.MaskedNode`` of ``like`` are left out. Matching by path
+    bridges containers that differ in type alone: the variables in which nnx boxes the
+    parameters and, differently, the optimizer's state.
+    """
+    slots, treedef = jax.tree_util.tree_flatten_with_path(like, is_leaf=_is_masked)
+    leaves = dict(jax.tree_util.tree_leaves_with_path(tree))
+    aligned = []
+    for path, slot in slots:
+        where = f"{name}{jax.tree_util.keystr(path)}"
+        if _is_masked(slot):
+            leaves = {p: x for p, x in leaves.items() if p[: len(path)] != path}
+            aligned.append(slot)
+        elif path not in leaves:
+            raise ValueError(f"{where} is missing: Synaptic Intelligence tracks it.")
+        else:
+            leaf = leaves.pop(path)
+            if jnp.shape(leaf) != jnp.shape(slot):
+                raise ValueError(
+                    f"{where} has shape {jnp.shape(leaf)}, but the state of Synaptic "
+                    f"Intelligence was made for {jnp.shape(slot)}."
+                )
+            aligned.append(leaf)
+    if leaves:
+        where = f"{name}{jax.tree_util.keystr(next(iter(leaves)))}"
+        raise ValueError(
+            f"{where} is unknown: the state of Synaptic Intelligence was made for "
+            "parameters without it."
+        )
+    return jax.tree.unflatten(treedef, aligned)
+
+
+def _is_masked(x: Any) -> bool:
+    return isinstance(x, optax.MaskedNode)

@@ -1,0 +1,614 @@
+"""Synaptic Intelligence as an optax gradient transformation.
+
+The equation numbers are those of Zenke, Poole & Ganguli, "Continual Learning Through
+Synaptic Intelligence", ICML 2017 (https://arxiv.org/abs/1703.04200).
+
+=========  ==================  =====================================================
+paper      here                rule
+=========  ==================  =====================================================
+ω, eq. 3   ``path_integral``   ω ← ω − g·Δθ at every step; g is the gradient of the
+                               task's loss alone, Δθ what the parameter really moved
+Ω, eq. 5   ``importance``      Ω ← max(Ω + ω / (Δ² + ξ), 0) at a task's end, Δ = θ − θ̃
+θ̃         ``reference``       θ at the end of the last task, at first its initial value
+c, eq. 4   ``strength``        the loss gains c Σ Ω (θ̃ − θ)², its gradient 2 c Ω (θ − θ̃)
+ξ, eq. 5   ``damping``         ξ > 0 bounds Ω where a parameter hardly moved
+=========  ==================  =====================================================
+
+``max(…, 0)`` is not in the paper but in its authors' code: noise can leave a negative
+sum, which would push the parameter away. ``nonnegative=False`` is eq. 5 to the letter.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.typing import ArrayLike
+
+from si_jax.pytrees import align, stored, wide
+
+# The message of optax's own transformations, which do not export it.
+NO_PARAMS_MSG = (
+    "You are using a transformation that requires the current value of "
+    "parameters, but you are not passing `params` when calling `update`."
+)
+
+
+class Synapses(NamedTuple):
+    """What each parameter remembers: three trees shaped like the parameters.
+
+    Attributes:
+      path_integral: ω of eq. 3, the drop of the current task's loss credited to each
+        parameter. Changes at every step; float32 at least.
+      importance: Ω of eq. 5, summed over the finished tasks. Changes at a task's end;
+        float32 at least.
+      reference: θ̃ of eq. 4, a copy of the parameters at the last task's end. Changes
+        at a task's end; the parameters' dtype.
+    """
+
+    path_integral: optax.Params
+    importance: optax.Params
+    reference: optax.Params
+
+
+class SynapticIntelligenceState(NamedTuple):
+    """State of :func:`synaptic_intelligence`.
+
+    Attributes:
+      synapses: ω, Ω and θ̃.
+      strength: c of eq. 4 in force at the last update, a scalar.
+      damping: ξ of eq. 5 in force at the last update, a scalar.
+      nonnegative: whether Ω is kept from falling below zero, a boolean scalar.
+      last_params: the parameters at the last update, to see what they moved since.
+      last_grads: the gradient at the last update, which that movement belongs to.
+    """
+
+    synapses: Synapses
+    strength: jax.Array
+    damping: jax.Array
+    nonnegative: jax.Array
+    last_params: optax.Params
+    last_grads: optax.Updates
+
+
+class WithSynapticIntelligenceState(NamedTuple):
+    """State of :func:`with_synaptic_intelligence`.
+
+    Attributes:
+      synapses: ω, Ω and θ̃.
+      strength: c of eq. 4 in force at the last update, a scalar.
+      damping: ξ of eq. 5 in force at the last update, a scalar.
+      nonnegative: whether Ω is kept from falling below zero, a boolean scalar.
+      inner_state: the state of the wrapped optimizer.
+    """
+
+    synapses: Synapses
+    strength: jax.Array
+    damping: jax.Array
+    nonnegative: jax.Array
+    inner_state: optax.OptState
+
+
+_State = SynapticIntelligenceState | WithSynapticIntelligenceState
+
+
+# --- The method: equations 3, 4 and 5 -------------------------------------------------
+
+
+def _integrate(
+    path_integral: optax.Params, grads: optax.Updates, movement: optax.Updates
+) -> optax.Params:
+    """Eq. 3: ω ← ω − g·Δθ."""
+    return jax.tree.map(
+        lambda w, g, moved: w - g.astype(w.dtype) * moved,
+        path_integral,
+        grads,
+        movement,
+    )
+
+
+def _pull_back(
+    grads: optax.Updates, params: optax.Params, synapses: Synapses, strength: jax.Array
+) -> optax.Updates:
+    """The gradient of eq. 4: g + 2 c Ω (θ − θ̃), in g's dtype."""
+
+    def leaf(g, p, importance, reference):
+        stiffness = 2 * strength.astype(importance.dtype) * importance
+        pull = stiffness * (wide(p) - wide(reference))
+        return (g.astype(pull.dtype) + pull).astype(g.dtype)
+
+    return jax.tree.map(leaf, grads, params, synapses.importance, synapses.reference)
+
+
+def _consolidate(state: _State, params: optax.Params) -> _State:
+    """Eq. 5 with the old θ̃, then θ̃ ← θ, then ω ← 0."""
+    params = align(params, state.synapses.reference, "params")
+    if isinstance(state, SynapticIntelligenceState):
+        state = _observe(state, params, jax.tree.map(jnp.zeros_like, state.last_grads))
+    path_integral, importance, reference = state.synapses
+    damping, nonnegative = _scalar(state.damping), _scalar(state.nonnegative)
+
+    def leaf(w, omega, ref, p):
+        displacement = wide(p) - wide(ref)
+        omega += w / (jnp.square(displacement) + damping.astype(w.dtype))
+        return jnp.where(nonnegative, jnp.maximum(omega, 0), omega)
+
+    return state._replace(
+        synapses=Synapses(
+            path_integral=jax.tree.map(jnp.zeros_like, path_integral),
+            importance=jax.tree.map(leaf, path_integral, importance, reference, params),
+            reference=jax.tree.map(jnp.copy, params),
+        )
+    )
+
+
+def _observe(
+    state: SynapticIntelligenceState, params: optax.Params, grads: optax.Updates
+) -> SynapticIntelligenceState:
+    """Credit the last gradient with the movement since, and keep the new one."""
+    movement = jax.tree.map(
+        lambda now, before: wide(now) - wide(before), params, state.last_params
+    )
+    omega = _integrate(state.synapses.path_integral, state.last_grads, movement)
+    return state._replace(
+        synapses=state.synapses._replace(path_integral=omega),
+        last_params=jax.tree.map(jnp.copy, params),
+        last_grads=jax.tree.map(
+            lambda g, last: jnp.array(g, last.dtype), grads, state.last_grads
+        ),
+    )
+
+
+# --- The two forms --------------------------------------------------------------------
+
+
+def synaptic_intelligence(
+    strength: ArrayLike = 0.1,
+    damping: ArrayLike = 0.1,
+    *,
+    nonnegative: bool = True,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Synaptic Intelligence as the first link of an optax chain.
+
+    Adds the gradient of the surrogate loss to that of the task,
+
+    .. math::
+
+      g_k \leftarrow g_k + 2\,c\,\Omega_k\,(\theta_k - \tilde\theta_k),
+
+    and accumulates :math:`\omega_k \leftarrow \omega_k - g_k\,\Delta\theta_k` with the
+    gradient that came in. It sees what the parameters moved one call later, as the
+    difference of the ``params`` of two calls, so it is exact whatever happens to the
+    update after it: moments, clipping, decay, rounding, projection. The price is two
+    more trees than :func:`with_synaptic_intelligence` keeps: the last parameters and
+    the last gradient. ``path_integral`` lags one step behind until :func:`consolidate`.
+
+    Pass the gradient of the task's loss alone; there is nothing to add to the loss.
+    Call :func:`consolidate` at every task's end.
+
+    Args:
+      strength: c of eq. 4, at least 0. May be traced (swept by ``jax.vmap``, or
+        scheduled with ``optax.inject_hyperparams``).
+      damping: ξ of eq. 5, above 0, in units of a squared parameter. May be traced.
+      nonnegative: keep Ω from falling below zero, as the authors' code does; ``False``
+        is eq. 5 to the letter.
+
+    Returns:
+      An :class:`optax.GradientTransformationExtraArgs` whose state is a
+      :class:`SynapticIntelligenceState`.
+
+    Raises:
+      ValueError: for a negative ``strength`` or a ``damping`` that is not positive
+        (when they are concrete), parameters that are not real floating-point arrays,
+        an update without ``params`` or with trees that do not fit the state.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, si_jax
+      >>> tx = optax.chain(
+      ...     si_jax.synaptic_intelligence(strength=1.0, damping=0.25), optax.sgd(0.25)
+      ... )
+      >>> params = {"w": jnp.array([1.0, 2.0])}
+      >>> opt_state = tx.init(params)
+      >>> grads = {"w": jnp.array([2.0, 0.0])}  # of the task's loss
+      >>> updates, opt_state = tx.update(grads, opt_state, params)
+      >>> params = optax.apply_updates(params, updates)
+      >>> opt_state = si_jax.consolidate(opt_state, params)  # the task is finished
+      >>> synapses = si_jax.synapses(opt_state)
+      >>> print(synapses.importance["w"])  # 2 × 0.5 / (0.5² + 0.25), and 0: not moved
+      [2. 0.]
+
+    References:
+      Zenke, Poole & Ganguli, `Continual Learning Through Synaptic Intelligence
+      <https://arxiv.org/abs/1703.04200>`_, ICML 2017
+    """
+    _check_hyperparameters(strength, damping)
+
+    def init_fn(params: optax.Params) -> SynapticIntelligenceState:
+        synapses = _init_synapses(params)
+        return SynapticIntelligenceState(
+            synapses,
+            *_hyperparameters(strength, damping, nonnegative),
+            last_params=jax.tree.map(jnp.array, params),
+            last_grads=_zeros_wide(params),
+        )
+
+    def update_fn(
+        updates: optax.Updates,
+        state: SynapticIntelligenceState,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, SynapticIntelligenceState]:
+        del extra_args
+        grads, params = _aligned(updates, params, state)
+        c, xi, floored = _hyperparameters(strength, damping, nonnegative)
+        pulled = _pull_back(grads, params, state.synapses, c)
+        state = _observe(state, params, grads)
+        return pulled, state._replace(strength=c, damping=xi, nonnegative=floored)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def with_synaptic_intelligence(
+    inner: optax.GradientTransformation,
+    strength: ArrayLike = 0.1,
+    damping: ArrayLike = 0.1,
+    *,
+    nonnegative: bool = True,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Synaptic Intelligence around a whole optimizer.
+
+    The same method as :func:`synaptic_intelligence`, with less state and faster: it
+    holds the gradient and the final update at once, so
+    :math:`\omega_k \leftarrow \omega_k - g_k\,\Delta\theta_k` needs no memory of the
+    last step. :math:`\Delta\theta` is what ``optax.apply_updates`` will make of the
+    update, rounding included. **It must be outermost** among the transformations that
+    change the update: what is chained behind it, or done to the parameters by hand,
+    goes unseen. Wrappers that only decide when or on which leaves to update
+    (``optax.MultiSteps``, ``optax.apply_if_finite``, ``optax.masked``,
+    ``optax.partition``) belong around it.
+
+    Args:
+      inner: the optimizer, any :class:`optax.GradientTransformation`. Extra arguments
+        of ``update`` are passed on to it.
+      strength: c of eq. 4, at least 0. May be traced (swept by ``jax.vmap``, or
+        scheduled with ``optax.inject_hyperparams``).
+      damping: ξ of eq. 5, above 0, in units of a squared parameter. May be traced.
+      nonnegative: keep Ω from falling below zero, as the authors' code does; ``False``
+        is eq. 5 to the letter.
+
+    Returns:
+      An :class:`optax.GradientTransformationExtraArgs` whose state is a
+      :class:`WithSynapticIntelligenceState`.
+
+    Raises:
+      ValueError: as :func:`synaptic_intelligence`, and if ``inner`` already contains
+        Synaptic Intelligence.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, si_jax
+      >>> tx = si_jax.with_synaptic_intelligence(
+      ...     optax.sgd(0.25), strength=1.0, damping=0.25
+      ... )
+      >>> params = {"w": jnp.array([1.0, 2.0])}
+      >>> opt_state = tx.init(params)
+      >>> grads = {"w": jnp.array([2.0, 0.0])}  # of the task's loss
+      >>> updates, opt_state = tx.update(grads, opt_state, params)
+      >>> print(si_jax.synapses(opt_state).path_integral["w"])  # −g·Δθ = 2 × 0.5
+      [1. 0.]
+
+    References:
+      Zenke, Poole & Ganguli, `Continual Learning Through Synaptic Intelligence
+      <https://arxiv.org/abs/1703.04200>`_, ICML 2017
+    """
+    _check_hyperparameters(strength, damping)
+    inner = optax.with_extra_args_support(inner)
+
+    def init_fn(params: optax.Params) -> WithSynapticIntelligenceState:
+        synapses = _init_synapses(params)
+        inner_state = inner.init(params)
+        if _find(inner_state):
+            raise ValueError(
+                "with_synaptic_intelligence wraps an optimizer that already contains "
+                "Synaptic Intelligence: use the wrapper or the link, not both."
+            )
+        return WithSynapticIntelligenceState(
+            synapses, *_hyperparameters(strength, damping, nonnegative), inner_state
+        )
+
+    def update_fn(
+        updates: optax.Updates,
+        state: WithSynapticIntelligenceState,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, WithSynapticIntelligenceState]:
+        grads, params = _aligned(updates, params, state)
+        c, xi, floored = _hyperparameters(strength, damping, nonnegative)
+        pulled = _pull_back(grads, params, state.synapses, c)
+        updates, inner_state = inner.update(
+            pulled, state.inner_state, params, **extra_args
+        )
+        movement = jax.tree.map(
+            lambda p, moved: stored(moved) - wide(p),
+            params,
+            optax.apply_updates(params, updates),
+        )
+        omega = _integrate(state.synapses.path_integral, grads, movement)
+        synapses = state.synapses._replace(path_integral=omega)
+        return updates, WithSynapticIntelligenceState(
+            synapses, c, xi, floored, inner_state
+        )
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+# --- What one does with the state -----------------------------------------------------
+
+
+def consolidate(opt_state: optax.OptState, params: optax.Params) -> optax.OptState:
+    """Close a task: update Ω (eq. 5), move θ̃ to the parameters, set ω to zero.
+
+    Pure; works under ``jit``, ``scan``, ``vmap`` and ``cond``, and finds Synaptic
+    Intelligence by type wherever it sits inside ``opt_state``: in a chain, masked,
+    partitioned, under ``MultiSteps``, in a Flax ``TrainState``'s or an
+    ``nnx.Optimizer``'s state. The rest of ``opt_state`` is returned as it is; see
+    :func:`reset_optimizer` to start the next task with fresh moments.
+
+    Args:
+      opt_state: the state of an optimizer that contains
+        :func:`synaptic_intelligence` or :func:`with_synaptic_intelligence`.
+      params: the parameters at the task's end, all of them, also those that
+        ``optax.masked`` hides from Synaptic Intelligence.
+
+    Returns:
+      ``opt_state``, consolidated, of the same structure, shapes and dtypes.
+
+    Raises:
+      ValueError: if there is no Synaptic Intelligence in ``opt_state``, if ``params``
+        does not fit it, or if the state is batched (then call it inside ``jax.vmap``).
+
+    Example:
+      >>> import jax.numpy as jnp, optax, si_jax
+      >>> tx = si_jax.with_synaptic_intelligence(optax.sgd(0.5), damping=1.0)
+      >>> params = jnp.array([0.0])
+      >>> opt_state = tx.init(params)
+      >>> updates, opt_state = tx.update(jnp.array([-2.0]), opt_state, params)
+      >>> params = optax.apply_updates(params, updates)  # moved by 1, ω = 2
+      >>> opt_state = si_jax.consolidate(opt_state, params)
+      >>> print(si_jax.synapses(opt_state).importance)  # 2 / (1² + 1)
+      [1.]
+    """
+    _require(opt_state)
+    return jax.tree.map(
+        lambda x: _consolidate(x, params) if _is_synaptic(x) else x,
+        opt_state,
+        is_leaf=_is_synaptic,
+    )
+
+
+def reset_optimizer(
+    tx: optax.GradientTransformation, opt_state: optax.OptState, params: optax.Params
+) -> optax.OptState:
+    """Start the optimizer afresh, moments and counts, and keep what SI remembers.
+
+    The authors do so between the tasks of split MNIST and split CIFAR. (Their code
+    keeps Adam's step count; a fresh bias correction needs it to start at zero.)
+
+    Args:
+      tx: the optimizer that made ``opt_state``.
+      opt_state: its state, before or after :func:`consolidate`.
+      params: the current parameters.
+
+    Returns:
+      ``tx.init(params)`` with Synaptic Intelligence's memory from ``opt_state``.
+
+    Raises:
+      ValueError: if there is no Synaptic Intelligence in ``opt_state``, or if it was
+        not made by ``tx`` for such parameters.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, si_jax
+      >>> inner = optax.sgd(0.5, momentum=0.9)
+      >>> tx = si_jax.with_synaptic_intelligence(inner)
+      >>> params = jnp.array([0.0])
+      >>> opt_state = tx.init(params)
+      >>> updates, opt_state = tx.update(jnp.array([1.0]), opt_state, params)
+      >>> opt_state = si_jax.reset_optimizer(tx, opt_state, params)
+      >>> print(optax.tree.get(opt_state, "trace"))
+      [0.]
+      >>> print(si_jax.synapses(opt_state).path_integral)
+      [0.5]
+    """
+    kept = _require(opt_state)
+    fresh = tx.init(params)
+    if [type(state) for state in _find(fresh)] != [type(state) for state in kept]:
+        raise ValueError(
+            "opt_state was not made by this tx: they do not hold Synaptic Intelligence "
+            "in the same form and number."
+        )
+    remaining = iter(kept)
+
+    def keep(state: Any) -> Any:
+        if not _is_synaptic(state):
+            return state
+        old = next(remaining)
+        if isinstance(state, SynapticIntelligenceState):
+            state = state._replace(
+                last_params=old.last_params, last_grads=old.last_grads
+            )
+        return state._replace(synapses=old.synapses)
+
+    # Put back leaf by leaf: the old state's containers may be boxed (nnx.Optimizer).
+    leaves = jax.tree.leaves(jax.tree.map(keep, fresh, is_leaf=_is_synaptic))
+    if list(map(jnp.shape, leaves)) != list(map(jnp.shape, jax.tree.leaves(opt_state))):
+        raise ValueError(
+            "opt_state was not made by this tx for these params: their numbers or "
+            "shapes of arrays differ."
+        )
+    return jax.tree.unflatten(jax.tree.structure(opt_state), leaves)
+
+
+def surrogate_loss(opt_state: optax.OptState, params: optax.Params) -> jax.Array:
+    """The penalty of eq. 4: c Σ Ω (θ̃ − θ)², for logging.
+
+    Its gradient is already in the updates; do not add it to the loss.
+
+    Args:
+      opt_state: the state of an optimizer that contains Synaptic Intelligence.
+      params: the current parameters.
+
+    Returns:
+      A scalar in the units of the loss, summed over all of Synaptic Intelligence in
+      ``opt_state``.
+
+    Raises:
+      ValueError: as :func:`consolidate`.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, si_jax
+      >>> tx = si_jax.with_synaptic_intelligence(optax.sgd(0.5), 0.1, damping=1.0)
+      >>> opt_state = tx.init(jnp.array([0.0]))
+      >>> _, opt_state = tx.update(jnp.array([-2.0]), opt_state, jnp.array([0.0]))
+      >>> opt_state = si_jax.consolidate(opt_state, jnp.array([1.0]))  # Ω = 1, θ̃ = 1
+      >>> print(si_jax.surrogate_loss(opt_state, jnp.array([3.0])))  # 0.1 × 1 × 2²
+      0.4
+    """
+
+    def penalty(state: _State) -> jax.Array:
+        strength = _scalar(state.strength)
+        terms = jax.tree.map(
+            lambda omega, ref, p: jnp.sum(
+                omega * jnp.square(wide(ref) - wide(p)), dtype=strength.dtype
+            ),
+            state.synapses.importance,
+            state.synapses.reference,
+            align(params, state.synapses.reference, "params"),
+        )
+        return strength * sum(jax.tree.leaves(terms), jnp.zeros_like(strength))
+
+    first, *others = map(penalty, _require(opt_state))
+    return sum(others, first)
+
+
+def synapses(opt_state: optax.OptState) -> Synapses:
+    """ω, Ω and θ̃, wherever Synaptic Intelligence sits inside ``opt_state``.
+
+    Args:
+      opt_state: the state of an optimizer that contains Synaptic Intelligence once.
+
+    Returns:
+      A :class:`Synapses`, three trees shaped like the parameters (with
+      ``optax.MaskedNode`` where ``optax.masked`` left them out).
+
+    Raises:
+      ValueError: if ``opt_state`` holds no Synaptic Intelligence, or more than one
+        (``optax.partition`` with several: pass each part's state by itself).
+
+    Example:
+      >>> import jax.numpy as jnp, optax, si_jax
+      >>> tx = optax.chain(si_jax.synaptic_intelligence(), optax.adam(1e-3))
+      >>> print(si_jax.synapses(tx.init(jnp.array([0.5]))).reference)
+      [0.5]
+    """
+    states = _require(opt_state)
+    if len(states) > 1:
+        raise ValueError(
+            f"opt_state holds Synaptic Intelligence {len(states)} times: pass the part "
+            "of it that you mean."
+        )
+    return states[0].synapses
+
+
+# --- Initial values and checks --------------------------------------------------------
+
+
+def _zeros_wide(params: optax.Params) -> optax.Params:
+    return jax.tree.map(lambda p: jnp.zeros_like(wide(p)), params)
+
+
+def _init_synapses(params: optax.Params) -> Synapses:
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
+            raise ValueError(
+                f"Synaptic Intelligence needs real floating-point parameters; "
+                f"params{jax.tree_util.keystr(path)} is {jnp.result_type(leaf)}. "
+                "Leave it out with optax.masked."
+            )
+    return Synapses(
+        path_integral=_zeros_wide(params),
+        importance=_zeros_wide(params),
+        # A copy: neither may donate the other's buffer.
+        reference=jax.tree.map(jnp.array, params),
+    )
+
+
+def _hyperparameters(
+    strength: ArrayLike, damping: ArrayLike, nonnegative: bool
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Arrays of a fixed dtype, so that the state is stable under scan and cond."""
+    dtype = jnp.result_type(float)
+    return (
+        jnp.asarray(strength, dtype),
+        jnp.asarray(damping, dtype),
+        jnp.asarray(nonnegative, bool),
+    )
+
+
+def _check_hyperparameters(strength: Any, damping: Any) -> None:
+    for name, value in (("strength", strength), ("damping", damping)):
+        if callable(value):
+            raise ValueError(
+                f"{name} must be a number, not a function; to schedule it, wrap the "
+                "factory: optax.inject_hyperparams(si_jax.synaptic_intelligence)"
+                f"({name}=schedule)."
+            )
+        if jnp.shape(value) != ():
+            raise ValueError(
+                f"{name} must be a scalar, got shape {jnp.shape(value)}; to sweep over "
+                "several values, use jax.vmap."
+            )
+    if not isinstance(strength, jax.core.Tracer) and not strength >= 0:
+        raise ValueError(f"strength (c of eq. 4) must be >= 0, got {strength}.")
+    if not isinstance(damping, jax.core.Tracer) and not damping > 0:
+        raise ValueError(f"damping (ξ of eq. 5) must be > 0, got {damping}.")
+
+
+def _is_synaptic(x: Any) -> bool:
+    return isinstance(x, _State)
+
+
+def _find(opt_state: optax.OptState) -> list[Any]:
+    return list(filter(_is_synaptic, jax.tree.leaves(opt_state, is_leaf=_is_synaptic)))
+
+
+def _require(opt_state: optax.OptState) -> list[Any]:
+    states = _find(opt_state)
+    if not states:
+        raise ValueError(
+            "opt_state holds no Synaptic Intelligence: build the optimizer with "
+            "si_jax.synaptic_intelligence or si_jax.with_synaptic_intelligence, and "
+            "pass the state that its init and update return."
+        )
+    return states
+
+
+def _scalar(x: Any) -> jax.Array:
+    """A hyperparameter of the state, out of the box that nnx puts it in."""
+    (value,) = jax.tree.leaves(x)
+    if jnp.ndim(value) != 0:
+        raise ValueError(
+            f"opt_state is batched, {jnp.shape(value)} at the front of every array: "
+            "call this function inside jax.vmap."
+        )
+    return value
+
+
+def _aligned(
+    grads: optax.Updates, params: optax.Params | None, state: _State
+) -> tuple[optax.Updates, optax.Params]:
+    if params is None:
+        raise ValueError(NO_PARAMS_MSG)
+    reference = state.synapses.reference
+    return (
+        jax.tree.map(jnp.asarray, align(grads, reference, "updates")),
+        align(params, reference, "params"),
+    )
