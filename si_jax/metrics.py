@@ -1,0 +1,132 @@
+"""Measures of continual learning, from the matrix of accuracies.
+
+Row i, column j of an accuracy matrix: the accuracy on task j after training on task i.
+Leading axes (seeds, say) are kept.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+
+def average_accuracy(matrix: ArrayLike) -> jax.Array:
+    """Accuracy averaged over all tasks after the last one.
+
+    ACC of Lopez-Paz & Ranzato, "Gradient Episodic Memory for Continual Learning", 2017.
+
+    Args:
+      matrix: ``(…, tasks, tasks)``, accuracy on each task (columns) after each (rows).
+
+    Returns:
+      ``(…)``.
+
+    Example:
+      >>> from si_jax import metrics
+      >>> print(metrics.average_accuracy([[1.0, 0.5], [0.5, 1.0]]))
+      0.75
+    """
+    return jnp.asarray(matrix)[..., -1, :].mean(-1)
+
+
+def average_accuracy_so_far(matrix: ArrayLike) -> jax.Array:
+    """Accuracy after each task, averaged over the tasks up to it: Figs. 3 and 4.
+
+    Args:
+      matrix: ``(…, tasks, tasks)``, accuracy on each task (columns) after each (rows).
+
+    Returns:
+      ``(…, tasks)``.
+
+    Example:
+      >>> from si_jax import metrics
+      >>> print(metrics.average_accuracy_so_far([[1.0, 0.5], [0.5, 1.0]]))
+      [1.   0.75]
+    """
+    matrix = jnp.asarray(matrix)
+    seen = jnp.tril(matrix).sum(-1)
+    count = jnp.arange(1, matrix.shape[-1] + 1, dtype=matrix.dtype)
+    return seen / jnp.broadcast_to(count, seen.shape)
+
+
+def learning_accuracy(matrix: ArrayLike) -> jax.Array:
+    """Accuracy on each task right after training on it, averaged.
+
+    LA of Riemer et al., "Learning to Learn without Forgetting by Maximizing Transfer
+    and Minimizing Interference", 2019.
+
+    Args:
+      matrix: ``(…, tasks, tasks)``, accuracy on each task (columns) after each (rows).
+
+    Returns:
+      ``(…)``.
+
+    Example:
+      >>> from si_jax import metrics
+      >>> print(metrics.learning_accuracy([[1.0, 0.5], [0.5, 1.0]]))
+      1.0
+    """
+    return jnp.diagonal(jnp.asarray(matrix), axis1=-2, axis2=-1).mean(-1)
+
+
+def forgetting(matrix: ArrayLike) -> jax.Array:
+    """How far each task but the last fell from its best, averaged.
+
+    F of Chaudhry et al., "Riemannian Walk for Incremental Learning", 2018: the best is
+    taken over the rows from the first to the last but one.
+
+    Args:
+      matrix: ``(…, tasks, tasks)`` with at least two tasks.
+
+    Returns:
+      ``(…)``; negative if the tasks went on improving.
+
+    Example:
+      >>> from si_jax import metrics
+      >>> print(metrics.forgetting([[1.0, 0.5], [0.5, 1.0]]))
+      0.5
+    """
+    matrix = jnp.asarray(matrix)
+    best = matrix[..., :-1, :-1].max(-2)
+    return (best - matrix[..., -1, :-1]).mean(-1)
+
+
+def backward_transfer(matrix: ArrayLike) -> jax.Array:
+    """Accuracy after the last task minus that right after each, without the last.
+
+    BWT of Lopez-Paz & Ranzato, 2017; negative where tasks are forgotten.
+
+    Args:
+      matrix: ``(…, tasks, tasks)`` with at least two tasks.
+
+    Returns:
+      ``(…)``.
+
+    Example:
+      >>> from si_jax import metrics
+      >>> print(metrics.backward_transfer([[1.0, 0.5], [0.5, 1.0]]))
+      -0.5
+    """
+    matrix = jnp.asarray(matrix)
+    learned = jnp.diagonal(matrix, axis1=-2, axis2=-1)
+    return (matrix[..., -1, :-1] - learned[..., :-1]).mean(-1)
+
+
+def forward_transfer(matrix: ArrayLike, initial: ArrayLike) -> jax.Array:
+    """Accuracy on each task right before it is trained, minus the untrained net's.
+
+    FWT of Lopez-Paz & Ranzato, 2017, averaged over the tasks but the first.
+
+    Args:
+      matrix: ``(…, tasks, tasks)`` with at least two tasks.
+      initial: ``(…, tasks)``, accuracy of the network before any training.
+
+    Returns:
+      ``(…)``.
+
+    Example:
+      >>> from si_jax import metrics
+      >>> print(metrics.forward_transfer([[1.0, 0.75], [0.5, 1.0]], [0.5, 0.5]))
+      0.25
+    """
+    before = jnp.diagonal(jnp.asarray(matrix), offset=1, axis1=-2, axis2=-1)
+    return (before - jnp.asarray(initial)[..., 1:]).mean(-1)
