@@ -47,8 +47,8 @@ def parse(config_class: type[Config], default: Path, arguments: list[str]) -> Co
       arguments: the command line.
 
     Raises:
-      UserError: if the file cannot be read, has an unknown key, or a value makes no
-        sense. A value of the wrong type, or an unknown flag, ends the program with
+      UserError: if the file cannot be read or has an unknown key. A value of the
+        wrong type or that makes no sense, or an unknown flag, ends the program with
         tyro's message and status 2.
     """
     flags = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -70,14 +70,9 @@ def parse(config_class: type[Config], default: Path, arguments: list[str]) -> Co
     description = (
         f"{config_class.__doc__}\n\nDefaults come from --config FILE, here {path}."
     )
-    try:
-        words = [word for key, value in entries.items() for word in _flag(key, value)]
-        base = tyro.cli(config_class, args=words, prog=str(path))
-        return tyro.cli(
-            config_class, args=overrides, default=base, description=description
-        )
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    words = [word for key, value in entries.items() for word in _flag(key, value)]
+    base = tyro.cli(config_class, args=words, prog=str(path))
+    return tyro.cli(config_class, args=overrides, default=base, description=description)
 
 
 def _flag(key: str, value: Any) -> list[str]:

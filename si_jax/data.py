@@ -325,7 +325,7 @@ def _read_cache(path: Path) -> tuple[Examples, Examples] | None:
     if not path.exists():
         return None
     try:
-        with np.load(path) as file:
+        with path.open("rb") as content, np.load(content) as file:
             arrays = dict(file)
         if str(arrays.pop("sha256")) != _digest(arrays):
             raise ValueError("its checksum does not fit")

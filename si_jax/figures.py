@@ -11,10 +11,10 @@ from numpy.typing import ArrayLike
 from si_jax import metrics
 
 STYLE: dict[Any, Any] = {
-    "font.size": 8,
+    "font.size": 9,
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "axes.titlesize": 8,
+    "axes.titlesize": 9,
     "lines.linewidth": 1.2,
     "pdf.fonttype": 42,  # editable text
     "savefig.dpi": 200,
@@ -58,14 +58,16 @@ def accuracy_by_task(
     """
     count = len(titles)
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(1.45 * (count + 1) + 0.3, 2.4), layout="constrained")
+        figure = Figure(figsize=(1.4 * (count + 1) + 0.3, 2.5), layout="constrained")
         panels = figure.subplots(1, count + 1, sharex=True, sharey=True)
         after = np.arange(1, count + 1)
+        lowest = chance
         for name, values in matrices.items():
             matrix = np.asarray(values)
             so_far = np.asarray(metrics.average_accuracy_so_far(matrix))
             curves = [(k, matrix[:, k:, k]) for k in range(count)] + [(0, so_far)]
             for panel, (first, curve) in zip(panels, curves, strict=True):
+                lowest = min(lowest, curve.mean(0).min())
                 panel.errorbar(
                     after[first:],
                     curve.mean(0),
@@ -79,16 +81,16 @@ def accuracy_by_task(
             panel.axhline(chance, color="0.6", linestyle=":", linewidth=1, zorder=0)
             panel.set_title(title)
             panel.set_xticks(after)
-        panels[0].set_ylim(min(0.45, chance - 0.05), 1.02)
+        panels[0].set_ylim(lowest - 0.05, 1.02)
         panels[0].set_ylabel("Accuracy")
         panels[0].annotate(
             "chance", (1, chance), (0, 2), textcoords="offset points", color="0.4"
         )
-        figure.supxlabel("Tasks learned", fontsize=8)
-        figure.suptitle(suptitle or "", fontsize=8)
+        figure.supxlabel("Tasks learned", fontsize=STYLE["font.size"])
+        figure.suptitle(suptitle or "", fontsize=STYLE["font.size"])
         figure.legend(
             *panels[0].get_legend_handles_labels(),
-            loc="outside upper right",
+            loc="outside lower right",
             ncols=len(matrices),
             frameon=False,
         )

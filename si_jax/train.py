@@ -110,9 +110,9 @@ def learner(
         """Batch i: images, labels, and 1 or 0 for what is there or beyond the end."""
         positions = i * size + jnp.arange(size)
         rows = order.at[positions].get(mode="clip")
-        images = examples.images[rows].astype(jnp.float32) / 255
+        images = jnp.asarray(examples.images)[rows].astype(jnp.float32) / 255
         there = (positions < task.size).astype(jnp.float32)
-        return images, examples.labels[rows], there
+        return images, jnp.asarray(examples.labels)[rows], there
 
     def init(key: jax.Array) -> Carry:
         params = model.init(key, jnp.zeros((1, *image_shape)))

@@ -1,0 +1,151 @@
+"""Users' mistakes end in one clear message."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from experiments import command
+from experiments.command import CONFIGS, UserError, parse
+from experiments.split_mnist import Config
+
+DEFAULT = CONFIGS / "split_mnist.toml"
+ROOT = Path(__file__).parent.parent
+
+
+def test_the_file_gives_defaults_and_the_command_line_overrides(tmp_path):
+    file = tmp_path / "own.toml"
+    file.write_text("epochs = 3\nstrengths = [0.5]\nreset_optimizer = false\n")
+    config = parse(Config, DEFAULT, ["--config", str(file), "--epochs", "4"])
+    assert config == Config(epochs=4, strengths=(0.5,), reset_optimizer=False)
+    assert parse(Config, file, ["--strengths", "0", "1"]).strengths == (0.0, 1.0)
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("split_mnist*.toml")))
+def test_shipped_configurations_are_valid(path):
+    assert isinstance(parse(Config, path, []), Config)
+
+
+def test_the_default_file_says_what_the_dataclass_says():
+    assert parse(Config, DEFAULT, []) == Config()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("epoch = 3", "own.toml: unknown key 'epoch'; did you mean 'epochs'?"),
+        ("zzz = 3", "unknown key 'zzz'; keys: data, seeds"),
+        ("epochs = ", "cannot read the configuration"),
+    ],
+)
+def test_mistakes_in_the_file(content, message, tmp_path):
+    file = tmp_path / "own.toml"
+    file.write_text(content)
+    with pytest.raises(UserError) as error:
+        parse(Config, file, [])
+    assert message in str(error.value)
+
+
+def test_a_missing_file_is_named():
+    with pytest.raises(UserError, match=r"cannot read .*nowhere\.toml"):
+        parse(Config, DEFAULT, ["--config", "nowhere.toml"])
+
+
+@pytest.mark.parametrize(
+    ("content", "arguments", "message"),
+    [
+        ('epochs = "many"', [], "--epochs"),
+        ("damping = 0.0", [], "damping must be > 0, got 0.0"),
+        ("", ["--strengths", "-1"], "strengths and rates must be >= 0, got -1.0"),
+        ("seeds = 0", [], "seeds must be at least 1, got 0"),
+        ("", ["--epochs", "many"], "--epochs"),
+        ("", ["--epoch", "3"], "--epochs"),
+        ("", ["--data", "mnits"], "mnist5k"),
+    ],
+)
+def test_values_and_flags_that_make_no_sense_end_with_status_2(
+    content, arguments, message, tmp_path, capsys
+):
+    file = tmp_path / "own.toml"
+    file.write_text(content)
+    with pytest.raises(SystemExit) as end:
+        parse(Config, file, arguments)
+    assert end.value.code == 2
+    assert message in "".join(capsys.readouterr())
+
+
+def test_help_names_the_file_and_every_option(capsys):
+    with pytest.raises(SystemExit) as end:
+        parse(Config, DEFAULT, ["--help"])
+    assert end.value.code == 0
+    text = capsys.readouterr().out
+    assert "--config FILE" in text
+    for field in dataclasses.fields(Config):
+        assert f"--{field.name.replace('_', '-')}" in text
+
+
+@pytest.mark.parametrize(
+    ("failure", "message"),
+    [
+        (UserError("no such thing"), "error: no such thing"),
+        (command.DataError("no data"), "error: no data"),
+        (KeyboardInterrupt(), "interrupted"),
+    ],
+)
+def test_main_turns_mistakes_into_messages(failure, message, monkeypatch):
+    def run(_):
+        raise failure
+
+    monkeypatch.setattr(sys, "argv", ["split_mnist"])
+    monkeypatch.setattr(command.jax.config, "update", lambda *_: None)
+    with pytest.raises(SystemExit) as end:
+        command.main(Config, "split_mnist", run)
+    assert str(end.value.code).startswith(message)
+
+
+def split_mnist(*arguments, **environment):
+    return subprocess.run(
+        [sys.executable, "-m", "experiments.split_mnist", *arguments],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, **environment},
+    )
+
+
+def test_the_command_from_start_to_finish(tmp_path):
+    out = tmp_path / "out"
+    common = ["--data", "mnist5k", "--seeds", "2", "--epochs", "1", "--out", str(out)]
+    first = split_mnist(*common)
+    assert first.returncode == 0, first.stderr
+    assert first.stderr == "", "no bar where there is no terminal"
+    for word in ("si c=1", "fine-tuning", "sgd", "average", "±"):
+        assert word in first.stdout
+    files = {"config.json", "results.json", "metrics.jsonl"}
+    assert {p.name for p in out.iterdir()} == files | {
+        "split_mnist.png",
+        "split_mnist.pdf",
+    }
+    results = (out / "results.json").read_text()
+
+    again = split_mnist(*common)
+    assert again.returncode == 0, again.stderr
+    assert "Finished before" in again.stdout
+    assert (out / "results.json").read_text() == results
+
+    other = split_mnist(*common, "--epochs", "2")
+    assert other.returncode == 1
+    assert other.stderr.startswith(f"error: {out} holds the results of another")
+    assert "epochs: 1 there, 2 now" in other.stderr
+    assert (out / "results.json").read_text() == results
+
+
+def test_without_data_the_command_says_what_to_do(tmp_path):
+    lost = split_mnist("--data-dir", str(tmp_path), "--out", str(tmp_path / "out"))
+    assert lost.returncode == 1
+    assert lost.stderr.startswith("error: mnist is not in")
+    assert "--data mnist5k" in lost.stderr
+    assert "Traceback" not in lost.stderr

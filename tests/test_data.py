@@ -1,0 +1,259 @@
+"""Loading without a network; the real data where it is."""
+
+import gzip
+import http.server
+import io
+import tarfile
+import threading
+import time
+import urllib.error
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from si_jax import data
+from si_jax.data import Examples
+
+
+@pytest.fixture
+def fake():
+    """Something shaped like MNIST, each class once."""
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (10, 28, 28, 1), dtype=np.uint8)
+    labels = np.arange(10, dtype=np.int32)
+    return Examples(images, labels), Examples(images[:5], labels[:5])
+
+
+def assert_same(splits, expected):
+    for examples, wanted in zip(splits, expected, strict=True):
+        np.testing.assert_array_equal(examples.images, wanted.images)
+        np.testing.assert_array_equal(examples.labels, wanted.labels)
+        assert examples.labels.dtype == np.int32
+
+
+# --- mnist5k --------------------------------------------------------------------------
+
+
+def test_mnist5k_is_split_evenly_over_the_classes_and_is_mnist():
+    digits = data.load("mnist", source="mnist5k")
+    assert digits.name == "mnist5k"
+    assert np.bincount(digits.train.labels).tolist() == [400] * 10
+    assert np.bincount(digits.test.labels).tolist() == [100] * 10
+    every = np.concatenate([digits.train.images, digits.test.images])
+    assert every.dtype == np.uint8
+    assert len(np.unique(every.reshape(5000, -1), axis=0)) == 5000
+    assert 0.12 < every.mean() / 255 < 0.14, "MNIST's mean is 0.1307"
+
+
+def test_names_and_sources_are_not_mixed_up():
+    with pytest.raises(ValueError, match="unknown data set 'mnits'"):
+        data.load("mnits")
+    with pytest.raises(ValueError, match="unknown source 'web'"):
+        data.load("mnist", source="web")
+    with pytest.raises(ValueError, match="mnist5k holds digits of MNIST, not cifar10"):
+        data.load("cifar10", source="mnist5k")
+
+
+# --- Cache ----------------------------------------------------------------------------
+
+
+def test_cache_serves_later_loads(fake, tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "_from_tfds", lambda *_: fake)
+    first = data.load("mnist", data_dir=tmp_path)
+    monkeypatch.setattr(data, "_from_tfds", None)  # not to be called again
+    assert_same(data.load("mnist", data_dir=tmp_path)[2:], first[2:])
+    assert [p.name for p in (tmp_path / "si_jax").iterdir()] == ["mnist.npz"]
+
+
+def test_data_dir_comes_before_the_environment(fake, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(data, "_from_tfds", lambda _, d: asked.append(d) or fake)
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "env"))
+    data.load("mnist")
+    data.load("mnist", data_dir=tmp_path / "argument")
+    assert asked == [tmp_path / "env", tmp_path / "argument"]
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "empty", "foreign"])
+def test_a_damaged_cache_is_made_anew(damage, fake, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(data, "_from_tfds", lambda *_: fake)
+    data.load("mnist", data_dir=tmp_path)
+    cache = tmp_path / "si_jax" / "mnist.npz"
+    content = bytearray(cache.read_bytes())
+    if damage == "truncated":
+        cache.write_bytes(content[: len(content) // 2])
+    elif damage == "flipped":
+        with np.load(cache) as file:
+            arrays = dict(file)
+        arrays["train_labels"] = arrays["train_labels"][::-1]
+        np.savez(cache, **arrays)
+    elif damage == "empty":
+        cache.write_bytes(b"")
+    else:
+        np.savez(cache, something=np.zeros(3))
+    assert_same(data.load("mnist", data_dir=tmp_path)[2:], fake)
+    assert f"{cache} is damaged" in caplog.text
+    caplog.clear()
+    assert_same(data.load("mnist", data_dir=tmp_path)[2:], fake)
+    assert not caplog.text
+
+
+def test_a_full_disk_costs_the_cache_only(fake, tmp_path, monkeypatch, caplog):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(data, "_from_tfds", lambda *_: fake)
+    monkeypatch.setattr(np, "savez", full)
+    assert_same(data.load("mnist", data_dir=tmp_path)[2:], fake)
+    assert "not cached" in caplog.text
+    assert not list((tmp_path / "si_jax").iterdir())
+
+
+def test_other_images_are_not_taken_for_mnist(fake, tmp_path, monkeypatch):
+    colour = Examples(np.zeros((10, 32, 32, 3), np.uint8), fake[0].labels)
+    monkeypatch.setattr(data, "_from_tfds", lambda *_: (colour, colour))
+    with pytest.raises(data.DataError, match="not mnist"):
+        data.load("mnist", data_dir=tmp_path)
+
+
+# --- Network --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["mnist", "cifar10"])
+def test_without_a_network_one_message_within_seconds(name, tmp_path, monkeypatch):
+    def unreachable(*_, **__):
+        raise urllib.error.URLError("Name or service not known")
+
+    monkeypatch.setattr(data.urllib.request, "urlopen", unreachable)
+    start = time.perf_counter()
+    with pytest.raises(data.DataError, match="cannot be reached") as error:
+        data.load(name, data_dir=tmp_path)
+    assert time.perf_counter() - start < 10
+    assert "TFDS_DATA_DIR" in str(error.value)
+    assert ("--data mnist5k" in str(error.value)) == (name == "mnist")
+
+
+@pytest.fixture
+def server():
+    """A web server on loopback; returns its files by path and its address."""
+    files = {}
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_HEAD(self):
+            self.send_response(404)
+            self.end_headers()
+
+        def do_GET(self):
+            content = files.get(self.path.lstrip("/"))
+            self.send_response(404 if content is None else 200)
+            self.end_headers()
+            self.wfile.write(content or b"")
+
+        def log_message(self, *_):
+            pass
+
+    httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=httpd.serve_forever)
+    thread.start()
+    yield files, f"http://127.0.0.1:{httpd.server_port}/"
+    httpd.shutdown()
+    thread.join()
+    httpd.server_close()
+
+
+def publish(monkeypatch, server, name, contents):
+    files, base = server
+    original = data._ORIGINALS[name]
+    files.update(zip(original.files, contents, strict=True))
+    changed = {**data._ORIGINALS, name: original._replace(base=base)}
+    monkeypatch.setattr(data, "_ORIGINALS", changed)
+
+
+def idx(examples):
+    images = gzip.compress(bytes(16) + examples.images.tobytes())
+    labels = gzip.compress(bytes(8) + examples.labels.astype(np.uint8).tobytes())
+    return images, labels
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")  # TFDS's sessions
+def test_mnist_is_downloaded_and_parsed(fake, server, tmp_path, monkeypatch):
+    publish(monkeypatch, server, "mnist", [*idx(fake[0]), *idx(fake[1])])
+    digits = data.load("mnist", data_dir=tmp_path)
+    assert digits.name == "mnist"
+    assert_same(digits[2:], fake)
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+def test_a_truncated_download_says_so(fake, server, tmp_path, monkeypatch):
+    images, labels = idx(fake[0])
+    broken = [images[: len(images) // 2], labels, *idx(fake[1])]
+    publish(monkeypatch, server, "mnist", broken)
+    with pytest.raises(data.DataError, match=r"Downloading mnist .* failed"):
+        data.load("mnist", data_dir=tmp_path)
+
+
+def cifar_tar(members):
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w:gz") as tar:
+        for name, (labels, images) in members.items():
+            rows = np.concatenate(
+                [labels, images.transpose(0, 3, 1, 2).reshape(len(images), -1)], axis=1
+            )
+            content = rows.astype(np.uint8).tobytes()
+            info = tarfile.TarInfo(f"cifar/{name}")
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return out.getvalue()
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
+def test_cifar_is_downloaded_and_parsed(name, server, tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+    fine = name == "cifar100"  # a coarse label before the fine one
+    batches = [f"data_batch_{i}.bin" for i in range(1, 6)] + ["test_batch.bin"]
+    members = {}
+    for file in ["train.bin", "test.bin"] if fine else batches:
+        labels = rng.integers(0, 10, (3, 1 + fine))
+        members[file] = labels, rng.integers(0, 256, (3, 32, 32, 3), dtype=np.uint8)
+    publish(monkeypatch, server, name, [cifar_tar(members)])
+    loaded = data.load(name, data_dir=tmp_path)
+    parts = list(members.values())
+    train, test = parts[:-1], parts[-1:]
+    expected = [
+        Examples(
+            np.concatenate([i for _, i in part]),
+            np.concatenate([labels[:, -1] for labels, _ in part]),
+        )
+        for part in (train, test)
+    ]
+    assert_same(loaded[2:], expected)
+
+
+# --- Real data ------------------------------------------------------------------------
+
+
+def prepared(name):
+    folder = Path(data.os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets"))
+    return (folder.expanduser() / name).exists()
+
+
+@pytest.mark.skipif(not prepared("mnist"), reason="MNIST is not prepared by TFDS here")
+def test_real_mnist_through_tfds(monkeypatch):
+    """Read from the prepared folder, not from the cache."""
+    monkeypatch.setattr(data, "_read_cache", lambda _: None)
+    monkeypatch.setattr(data, "_write_cache", lambda *_: None)
+    mnist = data.load("mnist")
+    assert mnist.train.images.shape == (60_000, 28, 28, 1)
+    assert mnist.test.images.shape == (10_000, 28, 28, 1)
+    # Per class, from Y. LeCun's page.
+    train = [5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949]
+    test = [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]
+    assert np.bincount(mnist.train.labels).tolist() == train
+    assert np.bincount(mnist.test.labels).tolist() == test
+    np.testing.assert_allclose(mnist.train.images.mean() / 255, 0.1307, atol=1e-4)
+    every = {x.tobytes() for x in mnist.train.images}
+    five = data.load("mnist", source="mnist5k")
+    for part in (five.train, five.test):
+        assert all(x.tobytes() in every for x in part.images), "a subset of MNIST"

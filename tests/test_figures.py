@@ -1,0 +1,25 @@
+import numpy as np
+
+from si_jax import figures
+
+
+def test_accuracy_by_task_draws_each_task_from_when_it_was_learned():
+    matrix = np.array([[[0.9, 0.5], [0.7, 1.0]], [[1.0, 0.5], [0.9, 1.0]]])
+    figure = figures.accuracy_by_task(
+        {"a": matrix, "b": matrix[:1]}, ["one", "two"], chance=0.5
+    )
+    panels = figure.axes
+    assert [p.get_title() for p in panels] == ["one", "two", "Average"]
+    curves = [p.containers[0].lines[0].get_xydata().tolist() for p in panels]
+    np.testing.assert_allclose(curves[0], [[1, 0.95], [2, 0.8]])
+    np.testing.assert_allclose(curves[1], [[2, 1.0]])
+    np.testing.assert_allclose(curves[2], [[1, 0.95], [2, 0.9]], rtol=1e-6)
+    for panel in panels:
+        assert any(line.get_ydata()[0] == 0.5 for line in panel.lines), "chance line"
+    assert [t.get_text() for t in figure.legends[0].get_texts()] == ["a", "b"]
+
+
+def test_standard_error():
+    values = np.array([[1.0, 2.0], [3.0, 2.0], [5.0, 2.0]])
+    np.testing.assert_allclose(figures.standard_error(values), [2 / np.sqrt(3), 0.0])
+    assert figures.standard_error([4.0]) == 0

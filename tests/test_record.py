@@ -1,0 +1,66 @@
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from experiments.command import UserError
+from experiments.record import Record, summary, table
+
+MATRIX = np.array([[[1.0, 0.5], [0.75, 1.0]], [[1.0, 0.5], [0.25, 1.0]]])
+RUN = {"test": MATRIX, "train": MATRIX, "initial": MATRIX[:, 0], "seconds": 1.5}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    out: Path
+    data_dir: Path | None = None
+    overwrite: bool = False
+    epochs: int = 3
+    strengths: tuple[float, ...] = (1.0,)
+
+
+def test_finished_methods_are_kept(tmp_path):
+    Record("e", Config(tmp_path)).add("si", RUN)
+    runs = Record("e", Config(tmp_path, data_dir=tmp_path)).runs
+    np.testing.assert_array_equal(runs["si"]["test"], MATRIX)
+    content = json.loads((tmp_path / "results.json").read_text())
+    assert set(content) == {"experiment", "config", "versions", "runs", "summary"}
+    assert content["config"] == {"epochs": 3, "strengths": [1.0]}
+    assert {"jax", "optax", "device", "commit"} <= set(content["versions"])
+
+
+def test_another_configuration_is_refused_and_overwrite_is_explicit(tmp_path):
+    Record("e", Config(tmp_path)).add("si", RUN)
+    before = (tmp_path / "results.json").read_text()
+    with pytest.raises(UserError, match="epochs: 3 there, 4 now"):
+        Record("e", Config(tmp_path, epochs=4))
+    with pytest.raises(UserError, match="another experiment, e"):
+        Record("f", Config(tmp_path))
+    assert (tmp_path / "results.json").read_text() == before
+    assert Record("e", Config(tmp_path, epochs=4, overwrite=True)).runs == {}
+
+
+def test_damage_and_unwritable_folders_are_said(tmp_path):
+    (tmp_path / "results.json").write_text('{"runs": ')
+    with pytest.raises(UserError, match="damaged"):
+        Record("e", Config(tmp_path))
+    with pytest.raises(UserError, match="cannot write to --out"):
+        Record("e", Config(tmp_path / "results.json" / "sub"))
+
+
+def test_summary_and_table():
+    test = summary(RUN)["test"]
+    spread = np.std([0.875, 0.625], ddof=1)
+    assert test["average_accuracy"] == {
+        "mean": 0.75,
+        "sem": 0.125,
+        "std": round(spread, 6),
+        "n": 2,
+    }
+    assert test["forgetting"]["mean"] == 0.5
+    text = table({"si": RUN}, "test", ["a", "b"])
+    head, row = (" ".join(line.split()) for line in text.splitlines())
+    assert head == "a b average forgetting"
+    assert row == "si 0.5000 ± 0.2500 1.0000 ± 0.0000 0.7500 ± 0.1250 0.5000 ± 0.2500"

@@ -1,0 +1,34 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from si_jax import sweep
+
+
+def walk(carry, key, length):
+    """Something random with a loop in it, like a run."""
+    noise = jax.random.normal(key, carry["x"].shape)
+    return {"x": jax.lax.fori_loop(0, length, lambda _, x: x * 0.9 + noise, carry["x"])}
+
+
+@pytest.mark.parametrize("runs", [1, 2, 3, 4, 5, 9])
+def test_runs_side_by_side_equal_runs_one_by_one(runs):
+    keys = jax.random.split(jax.random.key(0), runs)
+    carry = {"x": jnp.arange(runs * 3, dtype=jnp.float32).reshape(runs, 3)}
+    mesh = sweep.mesh(runs)
+    assert mesh.devices.size == min(runs, len(jax.local_devices()))
+    length = sweep.replicate(jnp.int32(7), mesh)
+    together = sweep.over_runs(walk, mesh, mapped=2)(carry, keys, length)
+    for i in range(runs):
+        alone = jax.jit(walk)({"x": carry["x"][i]}, keys[i], 7)
+        np.testing.assert_array_equal(together["x"][i], alone["x"])
+
+
+def test_donation_reuses_the_first_argument_only():
+    runs = sweep.over_runs(lambda x, y: x + y, sweep.mesh(4), mapped=2, donate=True)
+    x, y = (runs(jnp.zeros(4), jnp.full(4, value)) for value in (1.0, 2.0))
+    total = runs(x, y)
+    assert x.is_deleted()
+    assert not y.is_deleted()
+    assert total.tolist() == [3.0] * 4

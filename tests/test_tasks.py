@@ -1,0 +1,44 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from si_jax import tasks
+
+LABELS = np.array([2, 0, 1, 3, 2, 2, 0])
+
+
+def test_split_classes_partitions_the_examples():
+    split = tasks.split_classes(LABELS, [(0, 1), (2, 3)], outputs=5)
+    assert split.size.tolist() == [3, 4]
+    rows = [r[:n].tolist() for r, n in zip(split.rows, split.size, strict=True)]
+    assert rows == [[1, 2, 6], [0, 3, 4, 5]]
+    expected = [[True, True, False, False, False], [False, False, True, True, False]]
+    assert split.classes.tolist() == expected
+
+
+def test_split_classes_refuses_what_is_not_there():
+    with pytest.raises(ValueError, match=r"no examples of the classes \(8, 9\)"):
+        tasks.split_classes(LABELS, [(0, 1), (8, 9)], outputs=10)
+    with pytest.raises(ValueError, match=r"do not fit into 3 outputs"):
+        tasks.split_classes(LABELS, [(2, 3)], outputs=3)
+
+
+def test_shuffle_permutes_the_examples_and_leaves_the_padding_last():
+    split = tasks.split_classes(LABELS, [(0, 1), (2, 3)], outputs=5)
+    task = jax.tree.map(lambda x: x[0], split)
+    seen = set()
+    for seed in range(30):
+        order = tasks.shuffle(task, jax.random.key(seed))
+        assert sorted(order[:3].tolist()) == [1, 2, 6]
+        seen.add(tuple(order[:3].tolist()))
+    assert len(seen) == 6, "every order comes up"
+
+
+def test_shuffle_is_uniform():
+    task = tasks.Task(jnp.arange(5), jnp.int32(4), jnp.ones(2, bool))
+    keys = jax.random.split(jax.random.key(0), 4000)
+    first = jax.vmap(lambda key: tasks.shuffle(task, key)[0])(keys)
+    counts = np.bincount(first, minlength=5)
+    assert counts[4] == 0
+    np.testing.assert_allclose(counts[:4], 1000, atol=120)  # 4.4 standard deviations

@@ -1,0 +1,199 @@
+"""Runs in a small world whose right answers are known."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from problem import lenient
+
+import si_jax
+from experiments import driver
+from si_jax import metrics, sweep, tasks
+from si_jax.data import Examples
+from si_jax.models import MLP, mask_logits
+from si_jax.train import epoch_key, init_key, learner, train
+
+EPOCHS = 4
+GROUPS = [(0, 1), (2, 3)]
+MODEL = MLP((16,), 4)
+
+
+def blobs(count, seed):
+    """Four noisy patterns of 3 × 3 pixels, a class each."""
+    rng = np.random.default_rng(seed)
+    patterns = np.random.default_rng(0).integers(0, 200, (4, 3, 3, 1))
+    labels = rng.integers(0, 4, count).astype(np.int32)
+    noise = rng.integers(0, 56, (count, 3, 3, 1))
+    return Examples((patterns[labels] + noise).astype(np.uint8), labels)
+
+
+TRAIN, TEST = blobs(151, 1), blobs(83, 2)
+TRAIN_TASKS, TEST_TASKS = (
+    tasks.split_classes(e.labels, GROUPS, 4) for e in (TRAIN, TEST)
+)
+
+
+def make(strength=0.3, *, inner=None, batch_size=16, reset=True):
+    inner = inner or lenient(optax.adam(0.01))
+    tx = si_jax.with_synaptic_intelligence(inner, strength, 0.01)
+    return learner(MODEL, tx, (3, 3, 1), batch_size=batch_size, reset_optimizer=reset)
+
+
+def run(key, strength=0.3, **kwargs):
+    pieces = make(strength, **kwargs)
+    return train(pieces, key, TRAIN, TEST, TRAIN_TASKS, TEST_TASKS, epochs=EPOCHS)
+
+
+def on_device(examples):
+    return Examples(*map(jnp.asarray, examples))
+
+
+def test_separable_tasks_are_learned():
+    result = jax.jit(run)(jax.random.key(0))
+    assert result.test.shape == result.train.shape == (2, 2)
+    assert result.epochs.loss.shape == (2, EPOCHS)
+    assert metrics.learning_accuracy(result.test) > 0.97
+    assert (np.diff(result.epochs.loss) < 0).all()
+
+
+def test_an_epoch_is_one_pass_in_batches_the_last_one_smaller():
+    """Against a plain loop over the same order; 80 examples by 24."""
+    pieces = make(0.0, inner=optax.sgd(0.5), batch_size=24)
+    key = jax.random.key(3)
+    carry = pieces.init(key)
+    task = jax.tree.map(lambda x: x[1], TRAIN_TASKS)
+    size = int(task.size)
+    assert size % 24 != 0
+    order = np.asarray(tasks.shuffle(task, key))[:size]
+
+    def loss(params, rows):
+        images = jnp.asarray(TRAIN.images[rows], jnp.float32) / 255
+        logits = mask_logits(MODEL.apply(params, images), task.classes)
+        labels = jnp.asarray(TRAIN.labels[rows])
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+    params, total = carry.params, 0.0
+    for start in range(0, size, 24):
+        rows = order[start : min(start + 24, size)]
+        value, grads = jax.value_and_grad(loss)(params, rows)
+        params = jax.tree.map(lambda p, g: p - 0.5 * g, params, grads)
+        total += float(value) * len(rows)
+    after, report = pieces.epoch(carry, on_device(TRAIN), task, key)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
+        after.params,
+        params,
+    )
+    np.testing.assert_allclose(report.loss, total / size, rtol=1e-5)
+
+
+def test_evaluate_counts_each_example_of_a_task_once():
+    pieces = make()
+    carry = pieces.init(jax.random.key(1))
+    logits = MODEL.apply(carry.params, jnp.asarray(TEST.images, jnp.float32) / 255)
+    for group, actual in zip(
+        GROUPS, pieces.evaluate(carry, on_device(TEST), TEST_TASKS), strict=True
+    ):
+        rows = np.isin(TEST.labels, group)
+        guess = np.asarray(logits)[rows][:, group].argmax(-1) + group[0]
+        np.testing.assert_allclose(actual, (guess == TEST.labels[rows]).mean())
+
+
+def test_a_run_is_a_function_of_its_seed():
+    once, again, other = (jax.jit(run)(jax.random.key(seed)) for seed in (0, 0, 1))
+    jax.tree.map(np.testing.assert_array_equal, once, again)
+    assert (once.epochs.loss != other.epochs.loss).any()
+
+
+def test_consolidation_holds_what_fine_tuning_forgets():
+    """Task 2 is task 1 with its pixels permuted, on the same outputs."""
+    order = np.random.default_rng(3).permutation(9)
+    permuted = TRAIN.images.reshape(-1, 9)[:, order].reshape(-1, 3, 3, 1)
+    examples = [on_device(TRAIN), on_device(Examples(permuted, TRAIN.labels))]
+    every = tasks.split_classes(TRAIN.labels, [range(4)], 4)
+    task = jax.tree.map(lambda x: x[0], every)
+
+    @jax.jit
+    def retained(strength):
+        pieces = make(strength, inner=lenient(optax.adam(0.03)))
+        carry = pieces.init(jax.random.key(0))
+        for number, current in enumerate(examples):
+
+            def one_epoch(carry, i, current=current, number=number):
+                key = epoch_key(jax.random.key(0), number, i)
+                return pieces.epoch(carry, current, task, key)
+
+            carry, _ = jax.lax.scan(one_epoch, carry, jnp.arange(40))
+            carry = pieces.finish(carry)
+        return [pieces.evaluate(carry, e, every)[0] for e in examples]
+
+    (kept, learned), (forgotten, _) = retained(jnp.float32(1)), retained(jnp.float32(0))
+    assert kept > 0.98
+    assert learned > 0.98
+    assert forgotten < 0.9
+
+
+@pytest.mark.parametrize("reset", [True, False])
+def test_finish_resets_the_optimizer_or_keeps_it(reset):
+    pieces = make(reset=reset)
+    carry = pieces.init(jax.random.key(0))
+    task = jax.tree.map(lambda x: x[0], TRAIN_TASKS)
+    carry, _ = pieces.epoch(carry, on_device(TRAIN), task, jax.random.key(1))
+    steps = -(-int(task.size) // 16)
+    assert optax.tree.get(carry.opt_state, "count") == steps
+    finished = pieces.finish(carry)
+    assert optax.tree.get(finished.opt_state, "count") == (0 if reset else steps)
+    assert (
+        si_jax.synapses(finished.opt_state)
+        .importance["params"]["Dense_0"]["kernel"]
+        .any()
+    )
+
+
+def test_vmap_pmap_and_the_driver_equal_single_runs():
+    keys = jax.vmap(jax.random.key)(jnp.arange(3))
+    single = [jax.jit(run)(key) for key in keys]
+    stacked = jax.tree.map(lambda *x: np.stack(x), *single)
+
+    def agree(result):
+        np.testing.assert_allclose(result["test"], stacked.test, atol=0.03)
+        np.testing.assert_allclose(result["train"], stacked.train, atol=0.03)
+        np.testing.assert_allclose(result["loss"], stacked.epochs.loss, rtol=1e-3)
+
+    for together in (jax.jit(jax.vmap(run))(keys), jax.pmap(run)(keys)):
+        loss = together.epochs.loss
+        agree({"test": together.test, "train": together.train, "loss": loss})
+
+    log = []
+    problem = driver.Problem(TRAIN, TEST, TRAIN_TASKS, TEST_TASKS)
+    result = driver.run(
+        make,
+        0.3,
+        problem,
+        seeds=3,
+        epochs=EPOCHS,
+        name="si",
+        log=lambda **entry: log.append(entry),
+    )
+    loss = np.stack([entry["loss"] for entry in log], axis=1).reshape(3, 2, EPOCHS)
+    agree({**result, "loss": loss})
+    np.testing.assert_allclose(result["initial"], stacked.initial)
+
+
+def test_strengths_are_swept_in_one_program():
+    key = jax.random.key(0)
+    strengths = jnp.array([0.0, 0.3, 3.0])
+    mesh = sweep.mesh(3)
+    together = sweep.over_runs(lambda c, key: run(key, c), mesh)(strengths, key)
+    for i, strength in enumerate(strengths):
+        alone = jax.jit(run)(key, strength)
+        np.testing.assert_allclose(
+            together.epochs.loss[i], alone.epochs.loss, rtol=1e-3
+        )
+
+
+def test_initial_and_epoch_keys_never_meet():
+    key = jax.random.key(0)
+    keys = [init_key(key)] + [epoch_key(key, t, e) for t in range(3) for e in range(3)]
+    assert len({tuple(jax.random.key_data(k).tolist()) for k in keys}) == len(keys)
