@@ -544,12 +544,15 @@ def _init_synapses(params: optax.Params) -> Synapses:
 def _hyperparameters(
     strength: ArrayLike, damping: ArrayLike, nonnegative: bool
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Arrays of a fixed dtype, so that the state is stable under scan and cond."""
+    """Arrays of a fixed dtype, so that the state is stable under scan and cond.
+
+    Copies, so that donating the state leaves the caller's array alive.
+    """
     dtype = jnp.result_type(float)
     return (
-        jnp.asarray(strength, dtype),
-        jnp.asarray(damping, dtype),
-        jnp.asarray(nonnegative, bool),
+        jnp.array(strength, dtype),
+        jnp.array(damping, dtype),
+        jnp.array(nonnegative, bool),
     )
 
 
