@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 from importlib.metadata import version
@@ -105,7 +106,7 @@ class Record:
         path = self.folder / name
         part = path.with_suffix(".part")
         try:
-            part.write_text(json.dumps(content, indent=1) + "\n")
+            part.write_text(_readable(content))
             part.replace(path)
         except OSError as error:
             raise UserError(f"cannot write {path}: {error}") from error
@@ -187,6 +188,13 @@ def table(
         ).rstrip()
         for row in rows
     )
+
+
+def _readable(content: dict[str, Any]) -> str:
+    """Indented JSON, with a line for each row of numbers instead of each number."""
+    text = json.dumps(content, indent=1)
+    rows = r"\[\s*([^\[\]{}]*?)\s*\]"
+    return re.sub(rows, lambda row: f"[{' '.join(row[1].split())}]", text) + "\n"
 
 
 def _jsonable(value: Any) -> Any:

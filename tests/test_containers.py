@@ -373,7 +373,7 @@ def nnx_run(tx, compiled):
 @pytest.mark.parametrize("compiled", [nnx.jit, same], ids=["jit", "eager"])
 @forms
 def test_nnx_optimizer(form, compiled):
-    """Assigning to ``optimizer.opt_state`` puts the new state back, without a retrace."""
+    """Assigning ``optimizer.opt_state`` puts the new state back, without a retrace."""
     tx = make(form)
     params, optimizer = nnx_run(tx, compiled)
     assert_as_plain(form, tx, params, optimizer.opt_state, nnx.to_pure_dict)
