@@ -17,7 +17,33 @@ from si_jax.data import DataError
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 
-Config = TypeVar("Config")
+Config = TypeVar("Config", bound="Options")
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What every experiment takes and no result depends on."""
+
+    out: Path = Path("runs/experiment")
+    """Folder for the results; the same command again goes on where it was left."""
+    overwrite: bool = False
+    """Throw away what --out holds."""
+    data_dir: Path | None = None
+    """TFDS's folder; by default $TFDS_DATA_DIR, else ~/tensorflow_datasets."""
+    checkpoint_every: int = 5
+    """Epochs between checkpoints; there is one at every task's end, too."""
+    max_parallel: int | None = None
+    """Runs side by side on a device; by default 64 on an accelerator, 1 on a CPU."""
+
+    def check(self, *, positive: tuple[str, ...], at_least_1: tuple[str, ...]) -> None:
+        """Refuse values that make no sense, for ``__post_init__``."""
+        for name in (*at_least_1, "checkpoint_every", "max_parallel"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        for name in positive:
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be > 0, got {getattr(self, name)}")
 
 
 class UserError(Exception):
@@ -59,7 +85,7 @@ def parse(config_class: type[Config], default: Path, arguments: list[str]) -> Co
         entries = tomllib.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read the configuration {path}: {error}") from error
-    fields = [field.name for field in dataclasses.fields(config_class)]  # type: ignore[arg-type]
+    fields = [field.name for field in dataclasses.fields(config_class)]
     for key in entries:
         if key not in fields:
             near = difflib.get_close_matches(key, fields, n=1)

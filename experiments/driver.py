@@ -1,7 +1,7 @@
-"""Run one method over all seeds, an epoch a dispatch, with progress."""
+"""Run one method, all its runs at once: an epoch a dispatch, with checkpoints."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -9,10 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
+from experiments.command import Options
+from experiments.record import Record
 from si_jax import metrics, sweep
 from si_jax.data import Examples
 from si_jax.tasks import Task
-from si_jax.train import Learner, epoch_key, init_key
+from si_jax.train import Carry, Learner, epoch_key, init_key
 
 
 class Problem(NamedTuple):
@@ -20,9 +22,9 @@ class Problem(NamedTuple):
 
     Attributes:
       train: the training examples.
-      test: the test examples.
+      test: the examples to evaluate on besides.
       train_tasks: the tasks' training examples, stacked.
-      test_tasks: their test examples.
+      test_tasks: their examples in ``test``.
     """
 
     train: Examples
@@ -31,91 +33,135 @@ class Problem(NamedTuple):
     test_tasks: Task
 
 
+class State(NamedTuple):
+    """All that a run under way needs to go on, and so what a checkpoint holds.
+
+    Its randomness is a function of seed and position alone.
+
+    Attributes:
+      carry: of every run.
+      test: float32 ``(runs, tasks, tasks)``, accuracies so far, NaN where none yet.
+      train: the same on the training examples.
+      initial: float32 ``(runs, tasks)``, the untrained networks' test accuracies.
+      seconds: wall time so far.
+    """
+
+    carry: Carry
+    test: np.ndarray
+    train: np.ndarray
+    initial: np.ndarray
+    seconds: np.ndarray
+
+
 def run(
-    make_learner: Callable[[jax.Array], Learner],
-    strength: float,
+    make_learner: Callable[..., Learner],
+    hyperparameters: Mapping[str, Sequence[float]],
+    seeds: Sequence[int],
     problem: Problem,
     *,
-    seeds: int,
     epochs: int,
-    name: str,
-    log: Callable[..., None],
+    method: str,
+    record: Record,
+    options: Options,
 ) -> dict[str, Any]:
-    """Train on every task in turn, all seeds at once.
+    """Train on every task in turn; go on from the last checkpoint if there is one.
 
     Args:
-      make_learner: from a (traced) strength c to the pieces of a run.
-      strength: c of eq. 4.
+      make_learner: from (traced) hyperparameters to the pieces of a run.
+      hyperparameters: their values in each run.
+      seeds: each run's seed.
       problem: the tasks.
-      seeds: runs with the seeds 0, …, ``seeds`` − 1.
       epochs: passes over each task.
-      name: the method's, for the progress bar.
-      log: called with every epoch's measurements.
+      method: the method's name.
+      record: keeps metrics and checkpoints.
+      options: how often to write checkpoints, how many runs to put side by side.
 
     Returns:
-      Accuracies ``test`` and ``train`` ``(seeds, tasks, tasks)`` and ``initial``
-      ``(seeds, tasks)``, and ``seconds`` of wall time, compilation included.
+      Accuracies ``test`` and ``train`` ``(runs, tasks, tasks)`` and ``initial``
+      ``(runs, tasks)``, and ``seconds`` of wall time, compilation included.
     """
-    start = time.perf_counter()
-    mesh = sweep.mesh(seeds)
+    mesh = sweep.mesh(len(seeds))
 
-    def compile_piece(piece, **kwargs):
-        return sweep.over_runs(piece, mesh, **kwargs)
+    def compiled(piece, mapped, donate=False):
+        def of_one_run(*arguments):
+            values = arguments[mapped - 1]
+            rest = arguments[: mapped - 1] + arguments[mapped:]
+            return piece(make_learner(**values), *rest)
 
-    init = compile_piece(lambda key, c: make_learner(c).init(init_key(key)), mapped=2)
-    epoch = compile_piece(
-        lambda carry, key, c, *rest: _epoch(make_learner(c), carry, key, *rest),
-        mapped=3,
-        donate=True,
-    )
-    finish = compile_piece(
-        lambda carry, c: make_learner(c).finish(carry), mapped=2, donate=True
-    )
-    evaluate = compile_piece(
-        lambda carry, c, *rest: make_learner(c).evaluate(carry, *rest), mapped=2
-    )
+        return sweep.over_runs(
+            of_one_run,
+            mesh,
+            mapped=mapped,
+            donate=donate,
+            max_parallel=options.max_parallel,
+        )
 
-    keys = jax.vmap(jax.random.key)(jnp.arange(seeds))
-    strengths = jnp.full(seeds, strength, jnp.float32)
+    def one_epoch(learner, carry, key, examples, tasks, number, i):
+        task = jax.tree.map(lambda x: x[number], tasks)
+        return learner.epoch(carry, examples, task, epoch_key(key, number, i))
+
+    init = compiled(lambda learner, key: learner.init(init_key(key)), 2)
+    epoch = compiled(one_epoch, 3, donate=True)
+    finish = compiled(lambda learner, carry: learner.finish(carry), 2, donate=True)
+    evaluate = compiled(lambda learner, carry, *rest: learner.evaluate(carry, *rest), 2)
+
+    keys = jax.vmap(jax.random.key)(jnp.asarray(seeds, jnp.uint32))
+    values = {k: jnp.asarray(v, jnp.float32) for k, v in hyperparameters.items()}
     train, test, train_tasks, test_tasks = sweep.replicate(problem, mesh)
     count = len(problem.train_tasks.size)
+    total = count * epochs
 
-    carry = init(keys, strengths)
-    initial = evaluate(carry, strengths, test, test_tasks)
-    rows: dict[str, list[np.ndarray]] = {"test": [], "train": []}
-    with tqdm(total=count * epochs, desc=name, unit="epoch", disable=None) as bar:
-        for number in range(count):
-            task = jax.tree.map(lambda x, n=number: x[n], train_tasks)
-            for i in range(epochs):
-                carry, report = epoch(carry, keys, strengths, train, task, number, i)
-                report = jax.device_get(report)
-                log(method=name, task=number, epoch=i, **report._asdict())
-                bar.update()
-                bar.set_postfix_str(
-                    f"task {number + 1}/{count}, accuracy {report.accuracy.mean():.3f}"
-                    + _so_far(rows["test"])
-                )
-            carry = finish(carry, strengths)
-            rows["test"].append(
-                np.asarray(evaluate(carry, strengths, test, test_tasks))
+    start = time.perf_counter()
+    carry = init(keys, values)
+    initial = np.asarray(evaluate(carry, values, test, test_tasks))
+    nothing = np.full((len(seeds), count, count), np.nan, np.float32)
+    state = State(carry, nothing, nothing.copy(), initial, np.zeros((), np.float32))
+    checkpoints = record.checkpoints(method)
+    position, state = checkpoints.restore(state) or (0, state)
+    state = State(state.carry, *map(np.array, state[1:]))  # writable
+    record.rewind(method, position)
+    start -= float(state.seconds)
+
+    with tqdm(
+        total=total, initial=position, desc=method, unit="epoch", disable=None
+    ) as bar:
+        while position < total:
+            number, i = divmod(position, epochs)
+            carry, report = epoch(
+                state.carry, keys, values, train, train_tasks, number, i
             )
-            rows["train"].append(
-                np.asarray(evaluate(carry, strengths, train, train_tasks))
+            state, report = state._replace(carry=carry), jax.device_get(report)
+            log = {"task": number, "epoch": i, **report._asdict()}
+            record.log(method=method, position=position, **log)
+            position += 1
+            ends = position % epochs == 0
+            if ends:
+                state = state._replace(carry=finish(state.carry, values))
+                for rows, examples, tasks in (
+                    (state.test, test, test_tasks),
+                    (state.train, train, train_tasks),
+                ):
+                    rows[:, number] = evaluate(state.carry, values, examples, tasks)
+            if ends or position % options.checkpoint_every == 0:
+                seconds = np.float32(time.perf_counter() - start)
+                state = state._replace(seconds=np.asarray(seconds))
+                checkpoints.save(position, state)
+            bar.update()
+            bar.set_postfix_str(
+                f"task {number + 1}/{count}, accuracy {report.accuracy.mean():.3f}"
+                + _so_far(state.test, position // epochs)
             )
     return {
-        **{split: np.stack(values, axis=1) for split, values in rows.items()},
-        "initial": np.asarray(initial),
-        "seconds": round(time.perf_counter() - start, 1),
+        "test": state.test,
+        "train": state.train,
+        "initial": state.initial,
+        "seconds": round(float(state.seconds), 1),
     }
 
 
-def _epoch(learner, carry, key, examples, task, number, i):
-    return learner.epoch(carry, examples, task, epoch_key(key, number, i))
-
-
-def _so_far(rows: list[np.ndarray]) -> str:
+def _so_far(test: np.ndarray, finished: int) -> str:
     """The average test accuracy over the tasks that are finished."""
-    if not rows:
+    if not finished:
         return ""
-    done = np.stack(rows, axis=1)[..., : len(rows)]
-    return f", tasks so far {metrics.average_accuracy(done).mean():.3f} (test)"
+    matrix = test[:, :finished, :finished]
+    return f", tasks so far {metrics.average_accuracy(matrix).mean():.3f} (test)"

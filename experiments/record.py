@@ -15,43 +15,52 @@ import jax
 import numpy as np
 from matplotlib.figure import Figure
 
-from experiments.command import UserError
+from experiments.command import Options, UserError
 from si_jax import metrics
+from si_jax.checkpoint import Checkpoints
 from si_jax.figures import standard_error
 
 PACKAGES = ("si_jax", "jax", "jaxlib", "flax", "optax", "numpy")
-# Where things lie does not change what comes out.
-PLACES = ("out", "data_dir", "overwrite")
+PLACES = [field.name for field in dataclasses.fields(Options)]
 
 
 class Record:
-    """The folder of one experiment: its configuration, results and metrics.
+    """The folder of one experiment: its configuration, results, metrics, checkpoints.
 
     Finished methods are kept: the same configuration goes on where it was left, another
     one is refused.
+
+    Args:
+      experiment: its name.
+      config: its configuration.
+
+    Raises:
+      UserError: if the folder holds another configuration, is damaged, or cannot be
+        written.
     """
 
-    def __init__(self, experiment: str, config: Any):
-        self.folder = Path(config.out)
-        entries = _jsonable(dataclasses.asdict(config))
-        for place in PLACES:
-            entries.pop(place)
+    def __init__(self, experiment: str, config: Options):
+        self.folder = config.out
         if config.overwrite:
             for file in ("config.json", "results.json", "metrics.jsonl"):
                 (self.folder / file).unlink(missing_ok=True)
+            shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"cannot write to --out {self.folder}: {error}") from error
-        self.content = self._read() or {
+        entries = _jsonable(dataclasses.asdict(config))
+        head = {
             "experiment": experiment,
-            "config": entries,
-            "versions": versions(),
-            "runs": {},
-            "summary": {},
+            "config": {k: v for k, v in entries.items() if k not in PLACES},
         }
-        self._refuse_another(experiment, entries)
-        self._write("config.json", {k: self.content[k] for k in ("config", "versions")})
+        started = self._read("config.json")
+        if started is None:
+            started = {**head, "versions": versions()}
+            self._write("config.json", started)
+        self._refuse_another(started, head)
+        self.content = {**started, "runs": {}, "summary": {}}
+        self.content.update(self._read("results.json") or {})
 
     @property
     def runs(self) -> dict[str, Any]:
@@ -64,18 +73,41 @@ class Record:
         self.content["summary"][method] = summary(run)
         self._write("results.json", self.content)
 
+    def checkpoints(self, method: str) -> Checkpoints:
+        """The checkpoints of a method that is under way."""
+        return Checkpoints(self.folder / "checkpoints" / re.sub(r"\W+", "-", method))
+
     def log(self, **entry: Any) -> None:
         """Append a line to ``metrics.jsonl``."""
         with (self.folder / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(_jsonable(entry)) + "\n")
 
+    def rewind(self, method: str, position: int) -> None:
+        """Take back what was logged of a method after ``position`` epochs."""
+        path = self.folder / "metrics.jsonl"
+        if not path.exists():
+            return
+
+        def stays(line: str) -> bool:
+            try:
+                entry = json.loads(line)
+            except ValueError:  # cut off in the middle
+                return False
+            return entry["method"] != method or entry["position"] < position
+
+        lines = filter(stays, path.read_text().splitlines())
+        self._replace(path, "".join(line + "\n" for line in lines))
+
     def save(self, name: str, figure: Figure) -> None:
         """Write a figure as PNG and PDF."""
         for suffix in ("png", "pdf"):
-            figure.savefig(self.folder / f"{name}.{suffix}")
+            try:
+                figure.savefig(self.folder / f"{name}.{suffix}")
+            except OSError as error:
+                raise UserError(f"cannot write the figure: {error}") from error
 
-    def _read(self) -> dict[str, Any] | None:
-        path = self.folder / "results.json"
+    def _read(self, name: str) -> dict[str, Any] | None:
+        path = self.folder / name
         if not path.exists():
             return None
         try:
@@ -85,15 +117,15 @@ class Record:
                 f"{path} is damaged ({error}): choose another --out, or --overwrite."
             ) from error
 
-    def _refuse_another(self, experiment: str, entries: dict[str, Any]) -> None:
-        there, here = self.content["config"], entries
-        if self.content["experiment"] != experiment:
-            difference = f"another experiment, {self.content['experiment']}"
+    def _refuse_another(self, there: dict[str, Any], here: dict[str, Any]) -> None:
+        if there["experiment"] != here["experiment"]:
+            difference = f"another experiment, {there['experiment']}"
         else:
+            old, new = there["config"], here["config"]
             difference = ", ".join(
-                f"{key}: {there.get(key)} there, {here.get(key)} now"
-                for key in {**there, **here}
-                if there.get(key) != here.get(key)
+                f"{key}: {old.get(key)} there, {new.get(key)} now"
+                for key in {**old, **new}
+                if old.get(key) != new.get(key)
             )
         if difference:
             raise UserError(
@@ -102,14 +134,19 @@ class Record:
             )
 
     def _write(self, name: str, content: dict[str, Any]) -> None:
+        self._replace(self.folder / name, _readable(content))
+
+    def _replace(self, path: Path, text: str) -> None:
         """Whole or not at all."""
-        path = self.folder / name
         part = path.with_suffix(".part")
         try:
-            part.write_text(_readable(content))
+            part.write_text(text)
             part.replace(path)
         except OSError as error:
-            raise UserError(f"cannot write {path}: {error}") from error
+            raise UserError(
+                f"cannot write {path}: {error}. Make room and run the same command "
+                "again: it goes on from the last checkpoint."
+            ) from error
 
 
 def versions() -> dict[str, Any]:
@@ -160,14 +197,12 @@ def _statistics(values: Any) -> dict[str, float]:
     }
 
 
-def table(
-    runs: dict[str, Any], split: str, titles: list[str], seeds_as: str = "±"
-) -> str:
+def table(runs: dict[str, Any], split: str, titles: list[str]) -> str:
     """A terminal table of the accuracies after the last task, mean ± SEM over seeds."""
 
     def cell(values: Any) -> str:
         values = np.asarray(values, np.float64)
-        return f"{values.mean():.4f} {seeds_as} {standard_error(values):.4f}"
+        return f"{values.mean():.4f} ± {standard_error(values):.4f}"
 
     rows = [["", *titles, "average", "forgetting"]]
     for method, run in runs.items():

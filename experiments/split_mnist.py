@@ -21,7 +21,7 @@ TITLES = [f"{a} or {b}" for a, b in GROUPS]
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(command.Options):
     """Split MNIST (Fig. 3): five pairs of digits, learned one after the other."""
 
     data: Literal["tfds", "mnist5k"] = "tfds"
@@ -47,22 +47,14 @@ class Config:
     reset_optimizer: bool = True
     """Start each task with a fresh optimizer."""
     out: Path = Path("runs/split_mnist")
-    """Folder for the results."""
-    data_dir: Path | None = None
-    """TFDS's folder; by default $TFDS_DATA_DIR, else ~/tensorflow_datasets."""
-    overwrite: bool = False
-    """Throw away what --out holds."""
+    """Folder for the results; the same command again goes on where it was left."""
 
     def __post_init__(self):
         """Refuse values that make no sense."""
-        for name in ("seeds", "epochs", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(
-                    f"{name} must be at least 1, got {getattr(self, name)}"
-                )
-        for name in ("damping", "learning_rate"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be > 0, got {getattr(self, name)}")
+        self.check(
+            positive=("damping", "learning_rate"),
+            at_least_1=("seeds", "epochs", "batch_size"),
+        )
         for value in (*self.strengths, self.sgd_learning_rate):
             if not value >= 0:
                 raise ValueError(f"strengths and rates must be >= 0, got {value}")
@@ -79,21 +71,20 @@ def methods(config: Config) -> dict[str, tuple[optax.GradientTransformation, flo
 
 def make_learner(
     config: Config, inner: optax.GradientTransformation
-) -> Callable[[jax.Array], Learner]:
-    """The pieces of a run as a function of the strength c."""
+) -> Callable[..., Learner]:
+    """The pieces of a run as a function of the hyperparameters that may be swept."""
     model = MLP(config.hidden, 10, config.zero_init_output)
 
-    def with_strength(strength: jax.Array) -> Learner:
-        tx = si_jax.with_synaptic_intelligence(inner, strength, config.damping)
+    def make(strength: jax.Array, damping: jax.Array) -> Learner:
         return learner(
             model,
-            tx,
+            si_jax.with_synaptic_intelligence(inner, strength, damping),
             (28, 28, 1),
             batch_size=config.batch_size,
             reset_optimizer=config.reset_optimizer,
         )
 
-    return with_strength
+    return make
 
 
 def run(config: Config) -> None:
@@ -113,12 +104,16 @@ def run(config: Config) -> None:
     for name, (inner, strength) in todo.items():
         result = driver.run(
             make_learner(config, inner),
-            strength,
+            {
+                "strength": [strength] * config.seeds,
+                "damping": [config.damping] * config.seeds,
+            },
+            range(config.seeds),
             problem,
-            seeds=config.seeds,
             epochs=config.epochs,
-            name=name,
-            log=record.log,
+            method=name,
+            record=record,
+            options=config,
         )
         record.add(name, result)
     name = {"tfds": "MNIST", "mnist5k": "mnist5k (5,000 digits of MNIST)"}[config.data]

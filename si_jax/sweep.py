@@ -1,16 +1,69 @@
 """Many runs as one program, over all local devices."""
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+
+def sweep(
+    train: Callable[..., Any],
+    *shared: Any,
+    seeds: Sequence[int],
+    max_parallel: int | None = None,
+    **axes: Sequence[float],
+) -> Any:
+    """Run ``train`` at every point of a grid, as one compiled program.
+
+    Args:
+      train: ``(key, *shared, **hyperparameters) → tree of arrays``, pure; the
+        hyperparameters are float32 scalars.
+      *shared: arguments that all runs share, such as the examples; copied to every
+        device once.
+      seeds: each point's runs; a run's key is ``jax.random.key(seed)``.
+      max_parallel: see :func:`over_runs`.
+      **axes: the values of each hyperparameter.
+
+    Returns:
+      The results of ``train`` with leading axes ``(seeds, *axes)``, in the order given;
+      equal to those of sequential runs.
+
+    Example:
+      >>> import jax
+      >>> from si_jax import sweep
+      >>> def train(key, strength, damping):
+      ...     return strength / damping + 0 * jax.random.uniform(key)
+      >>> print(sweep.sweep(train, seeds=[0], strength=[1, 2, 3], damping=[1, 4])[0])
+      [[1.   0.25]
+       [2.   0.5 ]
+       [3.   0.75]]
+    """
+    shape = (len(seeds), *map(len, axes.values()))
+    points = list(itertools.product(seeds, *axes.values()))
+    columns = list(zip(*points, strict=True))
+    keys = jax.vmap(jax.random.key)(jnp.asarray(columns[0], jnp.uint32))
+    values = {
+        name: jnp.asarray(column, jnp.float32)
+        for name, column in zip(axes, columns[1:], strict=True)
+    }
+    devices = mesh(len(points))
+    run = over_runs(
+        lambda key, hyperparameters, *rest: train(key, *rest, **hyperparameters),
+        devices,
+        mapped=2,
+        max_parallel=max_parallel,
+    )
+    results = run(keys, values, *replicate(shared, devices))
+    return jax.tree.map(lambda x: x.reshape(*shape, *x.shape[1:]), results)
 
 
 def mesh(runs: int) -> Mesh:
     """The local devices, as many as there are runs to share out, along an axis."""
-    return Mesh(jax.local_devices()[:runs], ("runs",))
+    return Mesh(np.array(jax.local_devices()[:runs]), ("runs",))
 
 
 def replicate(tree: Any, mesh: Mesh) -> Any:
@@ -24,13 +77,12 @@ def over_runs(
     *,
     mapped: int = 1,
     donate: bool = False,
+    max_parallel: int | None = None,
 ) -> Callable[..., Any]:
     """Compile ``function`` for many runs at once.
 
-    The runs are shared out over the devices of ``mesh``. Those of one device run side
-    by side on an accelerator (``vmap``), and one after the other on a CPU, where
-    ``vmap`` is slower. A number of runs that the devices do not divide is padded, and
-    the padding dropped.
+    The runs are shared out over the devices of ``mesh``. A number of runs that the
+    devices do not divide is padded, and the padding dropped.
 
     Args:
       function: takes ``mapped`` arguments of its run, then arguments that all runs
@@ -38,6 +90,9 @@ def over_runs(
       mesh: from :func:`mesh`.
       mapped: how many of the arguments have a leading axis over the runs.
       donate: whether the first argument's buffers may be reused.
+      max_parallel: how many runs of one device go side by side (``vmap``); the rest
+        follows, so that a grid of any size fits into memory. By default 64 on an
+        accelerator and 1 on a CPU, where ``vmap`` is slower than one after the other.
 
     Returns:
       A jitted function like ``function`` with that leading axis on its first ``mapped``
@@ -52,13 +107,14 @@ def over_runs(
     """
     devices = mesh.devices.size
     on_cpu = mesh.devices.flat[0].platform == "cpu"
+    parallel = max_parallel or (1 if on_cpu else 64)
     runs, shared = PartitionSpec("runs"), PartitionSpec()
 
     def each(own, rest):
         def one(arguments):
             return function(*arguments, *rest)
 
-        return jax.lax.map(one, own) if on_cpu else jax.vmap(one)(own)
+        return jax.lax.map(one, own, batch_size=parallel if parallel > 1 else None)
 
     spread = jax.shard_map(
         each, mesh=mesh, in_specs=(runs, shared), out_specs=runs, check_vma=False

@@ -32,16 +32,28 @@ class Carry(NamedTuple):
 
 
 class Epoch(NamedTuple):
-    """What an epoch reports, measured on the fly: float32 scalars.
+    """What an epoch reports: float32 scalars.
 
     Attributes:
       loss: the task's cross-entropy in nats, without the surrogate loss, averaged over
         the examples as they were seen.
       accuracy: the fraction of them that was classified correctly.
+      surrogate_loss: the penalty of eq. 4 at the epoch's end.
+      path_integral: Σω gained in the epoch, the drop of the loss by eq. 3.
+      loss_drop: how far the loss did fall in the epoch, on the task's first 500
+        examples; Σω is larger by what minibatch noise adds.
+      negative: the fraction of parameters whose ω is negative at the epoch's end, and
+        so their ω/(Δ² + ξ).
+      importance: the largest Ω.
     """
 
     loss: jax.Array
     accuracy: jax.Array
+    surrogate_loss: jax.Array
+    path_integral: jax.Array
+    loss_drop: jax.Array
+    negative: jax.Array
+    importance: jax.Array
 
 
 class Learner(NamedTuple):
@@ -128,7 +140,7 @@ def learner(
             losses = optax.softmax_cross_entropy_with_integer_labels(out, labels)
             correct = (out.argmax(-1) == labels).astype(jnp.float32)
             total = jnp.sum(losses * there)
-            return total / there.sum(), Epoch(total, jnp.sum(correct * there))
+            return total / there.sum(), (total, jnp.sum(correct * there))
 
         def step(i, state):
             (params, opt_state), seen = state
@@ -138,11 +150,30 @@ def learner(
             carry = Carry(optax.apply_updates(params, updates), opt_state)
             return carry, jax.tree.map(jnp.add, seen, new)
 
+        def total_path_integral(carry):
+            omega = si_jax.synapses(carry.opt_state).path_integral
+            return sum(jax.tree.leaves(jax.tree.map(jnp.sum, omega)), jnp.zeros(()))
+
+        first = gather(examples, task, task.rows, jnp.int32(0), 500)
         steps = (task.size + batch_size - 1) // batch_size
-        zero = jnp.zeros(())
-        carry, seen = jax.lax.fori_loop(0, steps, step, (carry, Epoch(zero, zero)))
+        start, zero = carry, jnp.zeros(())
+        carry, (loss, correct) = jax.lax.fori_loop(
+            0, steps, step, (start, (zero, zero))
+        )
         size = task.size.astype(jnp.float32)
-        return carry, Epoch(seen.loss / size, seen.accuracy / size)
+        synapses = si_jax.synapses(carry.opt_state)
+        omega = jnp.concatenate(list(map(jnp.ravel, jax.tree.leaves(synapses[0]))))
+        return carry, Epoch(
+            loss=loss / size,
+            accuracy=correct / size,
+            surrogate_loss=si_jax.surrogate_loss(carry.opt_state, carry.params),
+            path_integral=total_path_integral(carry) - total_path_integral(start),
+            loss_drop=sums(start.params, *first)[0] - sums(carry.params, *first)[0],
+            negative=jnp.mean(omega < 0, dtype=jnp.float32),
+            importance=jnp.stack(
+                [x.max() for x in jax.tree.leaves(synapses.importance)]
+            ).max(),
+        )
 
     def finish(carry: Carry) -> Carry:
         opt_state = si_jax.consolidate(carry.opt_state, carry.params)

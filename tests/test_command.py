@@ -124,7 +124,7 @@ def test_the_command_from_start_to_finish(tmp_path):
     assert first.stderr == "", "no bar where there is no terminal"
     for word in ("si c=1", "fine-tuning", "sgd", "average", "±"):
         assert word in first.stdout
-    files = {"config.json", "results.json", "metrics.jsonl"}
+    files = {"config.json", "results.json", "metrics.jsonl", "checkpoints"}
     assert {p.name for p in out.iterdir()} == files | {
         "split_mnist.png",
         "split_mnist.pdf",

@@ -139,7 +139,7 @@ def test_optimizers_reach_the_minimum_of_loss_and_surrogate(form, inner):
 def test_dtypes_shapes_and_weak_types_are_stable(form, inner, dtype):
     """The carry of a scan, both branches of a cond, and the updates keep theirs."""
     with jax.enable_x64(dtype == "float64"):
-        tx = FORMS[form](lenient(INNER[inner]), STRENGTH, DAMPING)
+        tx = FORMS[form](lenient(INNER[inner]), strength=1, damping=jnp.bfloat16(0.1))
         grads = init(dtype)
 
         def step(carry, flag):
@@ -164,6 +164,13 @@ def test_dtypes_shapes_and_weak_types_are_stable(form, inner, dtype):
         assert avals(after) == avals(before)
         assert avals(params) == avals(jax.eval_shape(lambda: grads))
         assert {x.dtype for x in jax.tree.leaves(updates)} == {jnp.dtype(dtype)}
+        path_integral, importance, reference = si_jax.synapses(after)
+        wide = jnp.promote_types(dtype, "float32")
+        assert path_integral["bias"].dtype == importance["bias"].dtype == wide
+        assert reference["bias"].dtype == dtype
+        scalar = ((), jnp.result_type(float), False)
+        for name in ("strength", "damping"):
+            assert avals(optax.tree.get(after, name)) == scalar
 
 
 def test_wrapper_takes_a_transformation_without_extra_args():

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments.command import UserError
+from experiments.command import Options, UserError
 from experiments.record import Record, summary, table
 
 MATRIX = np.array([[[1.0, 0.5], [0.75, 1.0]], [[1.0, 0.5], [0.25, 1.0]]])
@@ -13,17 +13,15 @@ RUN = {"test": MATRIX, "train": MATRIX, "initial": MATRIX[:, 0], "seconds": 1.5}
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
-    out: Path
-    data_dir: Path | None = None
-    overwrite: bool = False
+class Config(Options):
+    out: Path = Path("unused")
     epochs: int = 3
     strengths: tuple[float, ...] = (1.0,)
 
 
 def test_finished_methods_are_kept(tmp_path):
-    Record("e", Config(tmp_path)).add("si", RUN)
-    runs = Record("e", Config(tmp_path, data_dir=tmp_path)).runs
+    Record("e", Config(out=tmp_path)).add("si", RUN)
+    runs = Record("e", Config(out=tmp_path, data_dir=tmp_path)).runs
     np.testing.assert_array_equal(runs["si"]["test"], MATRIX)
     content = json.loads((tmp_path / "results.json").read_text())
     assert set(content) == {"experiment", "config", "versions", "runs", "summary"}
@@ -32,22 +30,37 @@ def test_finished_methods_are_kept(tmp_path):
 
 
 def test_another_configuration_is_refused_and_overwrite_is_explicit(tmp_path):
-    Record("e", Config(tmp_path)).add("si", RUN)
+    Record("e", Config(out=tmp_path)).add("si", RUN)
     before = (tmp_path / "results.json").read_text()
     with pytest.raises(UserError, match="epochs: 3 there, 4 now"):
-        Record("e", Config(tmp_path, epochs=4))
+        Record("e", Config(out=tmp_path, epochs=4))
     with pytest.raises(UserError, match="another experiment, e"):
-        Record("f", Config(tmp_path))
+        Record("f", Config(out=tmp_path))
     assert (tmp_path / "results.json").read_text() == before
-    assert Record("e", Config(tmp_path, epochs=4, overwrite=True)).runs == {}
+    assert Record("e", Config(out=tmp_path, epochs=4, overwrite=True)).runs == {}
 
 
 def test_damage_and_unwritable_folders_are_said(tmp_path):
     (tmp_path / "results.json").write_text('{"runs": ')
     with pytest.raises(UserError, match="damaged"):
-        Record("e", Config(tmp_path))
+        Record("e", Config(out=tmp_path))
+    Record("e", Config(out=tmp_path, overwrite=True))
+    (tmp_path / "results.json").write_text("{}")
     with pytest.raises(UserError, match="cannot write to --out"):
-        Record("e", Config(tmp_path / "results.json" / "sub"))
+        Record("e", Config(out=tmp_path / "results.json" / "sub"))
+
+
+def test_rewinding_takes_back_what_will_be_logged_again(tmp_path):
+    record = Record("e", Config(out=tmp_path))
+    for method in ("a", "b"):
+        for position in range(3):
+            record.log(method=method, position=position)
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(path.read_text() + '{"method": "b", "posi')  # cut off by a kill
+    record.rewind("b", 1)
+    entries = [json.loads(line) for line in path.read_text().splitlines()]
+    expected = [("a", 0), ("a", 1), ("a", 2), ("b", 0)]
+    assert [(e["method"], e["position"]) for e in entries] == expected
 
 
 def test_summary_and_table():

@@ -25,6 +25,23 @@ def test_runs_side_by_side_equal_runs_one_by_one(runs):
         np.testing.assert_array_equal(together["x"][i], alone["x"])
 
 
+@pytest.mark.parametrize("max_parallel", [1, 2, 3, 64])
+def test_a_grid_is_cut_into_batches(max_parallel):
+    """Nine runs on four devices, so many of one device side by side."""
+
+    def train(key, offset, scale, shift):
+        return {"x": scale * offset + shift, "noise": jax.random.normal(key, (2,))}
+
+    grid = {"scale": [1.0, 2.0, 3.0], "shift": [0.0, 10.0, 20.0]}
+    result = sweep.sweep(
+        train, jnp.float32(5), seeds=[7], max_parallel=max_parallel, **grid
+    )
+    expected = 5 * np.array(grid["scale"])[:, None] + np.array(grid["shift"])[None]
+    np.testing.assert_array_equal(result["x"], expected[None])
+    noise = jax.random.normal(jax.random.key(7), (2,))
+    np.testing.assert_array_equal(result["noise"], np.broadcast_to(noise, (1, 3, 3, 2)))
+
+
 def test_donation_reuses_the_first_argument_only():
     runs = sweep.over_runs(lambda x, y: x + y, sweep.mesh(4), mapped=2, donate=True)
     x, y = (runs(jnp.zeros(4), jnp.full(4, value)) for value in (1.0, 2.0))

@@ -1,5 +1,7 @@
 """Runs in a small world whose right answers are known."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,8 @@ from problem import lenient
 
 import si_jax
 from experiments import driver
+from experiments.command import Options
+from experiments.record import Record
 from si_jax import metrics, sweep, tasks
 from si_jax.data import Examples
 from si_jax.models import MLP, mask_logits
@@ -68,18 +72,19 @@ def test_an_epoch_is_one_pass_in_batches_the_last_one_smaller():
     order = np.asarray(tasks.shuffle(task, key))[:size]
 
     def loss(params, rows):
-        images = jnp.asarray(TRAIN.images[rows], jnp.float32) / 255
+        images = jnp.asarray(TRAIN.images)[rows].astype(jnp.float32) / 255
         logits = mask_logits(MODEL.apply(params, images), task.classes)
-        labels = jnp.asarray(TRAIN.labels[rows])
+        labels = jnp.asarray(TRAIN.labels)[rows]
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
+    value_and_grad = jax.jit(jax.value_and_grad(loss))
     params, total = carry.params, 0.0
     for start in range(0, size, 24):
         rows = order[start : min(start + 24, size)]
-        value, grads = jax.value_and_grad(loss)(params, rows)
+        value, grads = value_and_grad(params, rows)
         params = jax.tree.map(lambda p, g: p - 0.5 * g, params, grads)
         total += float(value) * len(rows)
-    after, report = pieces.epoch(carry, on_device(TRAIN), task, key)
+    after, report = jax.jit(pieces.epoch)(carry, on_device(TRAIN), task, key)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
         after.params,
@@ -151,7 +156,8 @@ def test_finish_resets_the_optimizer_or_keeps_it(reset):
     )
 
 
-def test_vmap_pmap_and_the_driver_equal_single_runs():
+@pytest.mark.parametrize("max_parallel", [1, 2])
+def test_vmap_pmap_and_the_driver_equal_single_runs(max_parallel, tmp_path):
     keys = jax.vmap(jax.random.key)(jnp.arange(3))
     single = [jax.jit(run)(key) for key in keys]
     stacked = jax.tree.map(lambda *x: np.stack(x), *single)
@@ -165,32 +171,62 @@ def test_vmap_pmap_and_the_driver_equal_single_runs():
         loss = together.epochs.loss
         agree({"test": together.test, "train": together.train, "loss": loss})
 
-    log = []
-    problem = driver.Problem(TRAIN, TEST, TRAIN_TASKS, TEST_TASKS)
+    options = Options(out=tmp_path, max_parallel=max_parallel)
     result = driver.run(
         make,
-        0.3,
-        problem,
-        seeds=3,
+        {"strength": [0.3] * 3},
+        range(3),
+        driver.Problem(TRAIN, TEST, TRAIN_TASKS, TEST_TASKS),
         epochs=EPOCHS,
-        name="si",
-        log=lambda **entry: log.append(entry),
+        method="si",
+        record=Record("blobs", options),
+        options=options,
     )
-    loss = np.stack([entry["loss"] for entry in log], axis=1).reshape(3, 2, EPOCHS)
-    agree({**result, "loss": loss})
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    loss = np.stack([json.loads(line)["loss"] for line in lines], axis=1)
+    agree({**result, "loss": loss.reshape(3, 2, EPOCHS)})
     np.testing.assert_allclose(result["initial"], stacked.initial)
 
 
-def test_strengths_are_swept_in_one_program():
-    key = jax.random.key(0)
-    strengths = jnp.array([0.0, 0.3, 3.0])
-    mesh = sweep.mesh(3)
-    together = sweep.over_runs(lambda c, key: run(key, c), mesh)(strengths, key)
-    for i, strength in enumerate(strengths):
-        alone = jax.jit(run)(key, strength)
-        np.testing.assert_allclose(
-            together.epochs.loss[i], alone.epochs.loss, rtol=1e-3
+def test_a_grid_is_swept_in_one_program():
+    def point(key, examples, strength):
+        pieces = make(strength)
+        return train(
+            pieces, key, examples, TEST, TRAIN_TASKS, TEST_TASKS, epochs=EPOCHS
         )
+
+    grid = sweep.sweep(point, on_device(TRAIN), seeds=[0, 5], strength=[0.0, 0.3, 3.0])
+    assert grid.test.shape == (2, 3, 2, 2)
+    single = jax.jit(run)
+    for i, seed in enumerate([0, 5]):
+        for j, strength in enumerate([0.0, 0.3, 3.0]):
+            alone = single(jax.random.key(seed), strength)
+            np.testing.assert_array_equal(grid.test[i, j], alone.test)
+            np.testing.assert_array_equal(grid.epochs.loss[i, j], alone.epochs.loss)
+
+
+def test_epochs_report_what_synaptic_intelligence_sees():
+    pieces = make(30.0, inner=optax.sgd(0.05), reset=False)
+    epoch = jax.jit(pieces.epoch)
+    first, second = (jax.tree.map(lambda x, i=i: x[i], TRAIN_TASKS) for i in (0, 1))
+    carry, examples = pieces.init(jax.random.key(0)), on_device(TRAIN)
+    omega = drop = 0.0
+    for i in range(3):
+        carry, report = epoch(carry, examples, first, jax.random.key(i))
+        omega, drop = omega + report.path_integral, drop + report.loss_drop
+        assert report.surrogate_loss == report.importance == 0
+        assert report.negative == 0, "SGD without a pull only earns"
+    total = sum(map(jnp.sum, jax.tree.leaves(carry.opt_state.synapses.path_integral)))
+    np.testing.assert_allclose(omega, total, rtol=1e-5)
+    assert 0 < drop < omega, "minibatch noise inflates ω"
+    carry, report = epoch(pieces.finish(carry), examples, second, jax.random.key(9))
+    synapses = si_jax.synapses(carry.opt_state)
+    largest = max(float(x.max()) for x in jax.tree.leaves(synapses.importance))
+    np.testing.assert_allclose(report.importance, largest)
+    penalty = si_jax.surrogate_loss(carry.opt_state, carry.params)
+    np.testing.assert_allclose(report.surrogate_loss, penalty, rtol=1e-6)
+    omega = jnp.concatenate([x.ravel() for x in jax.tree.leaves(synapses[0])])
+    np.testing.assert_allclose(report.negative, (omega < 0).mean())
 
 
 def test_initial_and_epoch_keys_never_meet():

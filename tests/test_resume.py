@@ -1,0 +1,131 @@
+"""A run that is killed at any moment ends bit for bit as one that ran through."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from si_jax import data
+from si_jax.data import Examples
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def command(tmp_path_factory):
+    """Split MNIST on made-up digits, small enough to be run many times."""
+    folder = tmp_path_factory.mktemp("tfds")
+    rng = np.random.default_rng(0)
+
+    def examples(count):
+        labels = np.arange(count, dtype=np.int32) % 10
+        images = rng.integers(0, 120, (count, 28, 28, 1)) + labels[:, None, None, None]
+        return Examples(images.astype(np.uint8), labels)
+
+    data._write_cache(folder / "si_jax" / "mnist.npz", (examples(4000), examples(500)))
+    arguments = ["--data-dir", str(folder), "--seeds", "2", "--epochs", "3"]
+    arguments += ["--hidden", "64", "--checkpoint-every", "1"]
+    program = [sys.executable, "-m", "experiments.split_mnist", *arguments]
+    cache = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("jax"))}
+    cache["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+
+    def start(out):
+        return subprocess.Popen(
+            [*program, "--out", str(out)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+            env={**os.environ, **cache},
+        )
+
+    return start
+
+
+@pytest.fixture(scope="module")
+def through(command, tmp_path_factory):
+    """A run without interruption."""
+    out = tmp_path_factory.mktemp("through")
+    process = command(out)
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors
+    return out
+
+
+def accuracies(out):
+    runs = json.loads((out / "results.json").read_text())["runs"]
+    return {m: {k: v for k, v in r.items() if k != "seconds"} for m, r in runs.items()}
+
+
+def logged(out):
+    lines = (out / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def progress(out):
+    path = out / "metrics.jsonl"
+    return len(path.read_text().splitlines()) if path.exists() else 0
+
+
+def test_killed_at_random_moments(command, through, tmp_path):
+    moments, kills = random.Random(0), 0
+    while True:
+        process = command(tmp_path)
+        if kills < 5:
+            goal = progress(tmp_path) + moments.randint(1, 12)
+            while progress(tmp_path) < goal and process.poll() is None:
+                time.sleep(0.005)
+            time.sleep(moments.random() * 0.3)
+            kills += process.poll() is None
+            process.send_signal(signal.SIGKILL)
+        _, errors = process.communicate()
+        if process.returncode == 0:
+            break
+        assert process.returncode == -signal.SIGKILL, errors
+    assert kills == 5
+    assert accuracies(tmp_path) == accuracies(through)
+    assert logged(tmp_path) == logged(through)
+
+
+def test_interrupted_and_its_newest_checkpoint_damaged(command, through, tmp_path):
+    process = command(tmp_path)
+    while progress(tmp_path) < 6:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate()
+    assert process.returncode == 1
+    assert errors.splitlines()[-1].startswith("interrupted")
+    assert "Traceback" not in errors
+    checkpoints = tmp_path / "checkpoints" / "si-c-1"
+    newest = max((p for p in checkpoints.iterdir() if p.name.isdigit()), key=str)
+    shutil.rmtree(newest / "default")
+    process = command(tmp_path)
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors
+    assert "is damaged" in errors
+    assert accuracies(tmp_path) == accuracies(through)
+
+
+def test_another_configuration_is_refused_before_anything_is_finished(
+    command, tmp_path
+):
+    process = command(tmp_path)
+    while progress(tmp_path) < 1:
+        time.sleep(0.005)
+    process.kill()
+    process.communicate()
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["config"]["epochs"] = 30
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    process = command(tmp_path)
+    _, errors = process.communicate()
+    assert process.returncode == 1
+    assert "epochs: 30 there, 3 now" in errors
