@@ -67,10 +67,12 @@ class Record:
         """The finished methods' accuracies."""
         return self.content["runs"]
 
-    def add(self, method: str, run: dict[str, Any]) -> None:
-        """Keep a finished method."""
+    def add(
+        self, method: str, run: dict[str, Any], summary: dict[str, Any] | None = None
+    ) -> None:
+        """Keep a finished method, with :func:`summarize` of it or another summary."""
         self.runs[method] = _jsonable(run)
-        self.content["summary"][method] = summary(run)
+        self.content["summary"][method] = _jsonable(summary or summarize(run))
         self._write("results.json", self.content)
 
     def checkpoints(self, method: str) -> Checkpoints:
@@ -171,7 +173,7 @@ def versions() -> dict[str, Any]:
     }
 
 
-def summary(run: dict[str, Any]) -> dict[str, Any]:
+def summarize(run: dict[str, Any]) -> dict[str, Any]:
     """Mean, standard error and deviation over the seeds of the usual measures."""
     return {
         split: {

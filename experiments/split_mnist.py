@@ -18,6 +18,7 @@ from si_jax.train import Learner, learner
 
 GROUPS = [(0, 1), (2, 3), (4, 5), (6, 7), (8, 9)]
 TITLES = [f"{a} or {b}" for a, b in GROUPS]
+NAMES = {"tfds": "MNIST", "mnist5k": "mnist5k (5,000 digits of MNIST)"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,18 +88,23 @@ def make_learner(
     return make
 
 
+def make_problem(config: Config) -> driver.Problem:
+    """The five tasks."""
+    digits = data.load("mnist", config.data, config.data_dir)
+    return driver.Problem(
+        digits.train,
+        digits.test,
+        tasks.split_classes(digits.train.labels, GROUPS, digits.classes),
+        tasks.split_classes(digits.test.labels, GROUPS, digits.classes),
+    )
+
+
 def run(config: Config) -> None:
     """Run every method that is not finished, then print and draw all of them."""
     record = Record("split_mnist", config)
     todo = {k: v for k, v in methods(config).items() if k not in record.runs}
     if todo:
-        digits = data.load("mnist", config.data, config.data_dir)
-        problem = driver.Problem(
-            digits.train,
-            digits.test,
-            tasks.split_classes(digits.train.labels, GROUPS, digits.classes),
-            tasks.split_classes(digits.test.labels, GROUPS, digits.classes),
-        )
+        problem = make_problem(config)
     else:
         print(f"Finished before: the results are those in {config.out}.")
     for name, (inner, strength) in todo.items():
@@ -116,7 +122,7 @@ def run(config: Config) -> None:
             options=config,
         )
         record.add(name, result)
-    name = {"tfds": "MNIST", "mnist5k": "mnist5k (5,000 digits of MNIST)"}[config.data]
+    name = NAMES[config.data]
     for split in ("train", "test"):
         print(
             f"\nSplit {name}: {split} accuracy after all tasks, "

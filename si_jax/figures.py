@@ -6,6 +6,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from numpy.typing import ArrayLike
 
 from si_jax import metrics
@@ -34,6 +35,57 @@ def standard_error(values: ArrayLike, axis: int = 0) -> np.ndarray:
     if count == 1:
         return np.zeros_like(values.mean(axis))
     return values.std(axis, ddof=1) / np.sqrt(count)
+
+
+def heat_map(
+    values: ArrayLike,
+    rows: Sequence[float],
+    columns: Sequence[float],
+    *,
+    labels: tuple[str, str],
+    title: str,
+    chosen: tuple[int, int] | None = None,
+) -> Figure:
+    """Accuracy over a grid of two hyperparameters, each value written in its cell.
+
+    Args:
+      values: ``(rows, columns)``.
+      rows: the values of the hyperparameter on the vertical axis.
+      columns: those of the one on the horizontal axis.
+      labels: the two hyperparameters' names.
+      title: a line over the figure.
+      chosen: row and column of a cell to frame.
+
+    Returns:
+      The figure.
+    """
+    values = np.asarray(values)
+    size = (0.9 * len(columns) + 1.5, 0.5 * len(rows) + 1.1)
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=size, layout="constrained")
+        axes = figure.subplots()
+        image = axes.imshow(values, aspect="auto", origin="lower", cmap="viridis")
+        middle = (values.min() + values.max()) / 2
+        for (row, column), value in np.ndenumerate(values):
+            axes.text(
+                column,
+                row,
+                f"{value:.4f}",
+                ha="center",
+                va="center",
+                color="white" if value < middle else "black",
+            )
+        if chosen is not None:
+            corner = (chosen[1] - 0.5, chosen[0] - 0.5)
+            frame = Rectangle(corner, 1, 1, fill=False, edgecolor="red", linewidth=2)
+            axes.add_patch(frame)
+        axes.set_yticks(range(len(rows)), [f"{x:g}" for x in rows])
+        axes.set_xticks(range(len(columns)), [f"{x:g}" for x in columns])
+        axes.set_ylabel(labels[0])
+        axes.set_xlabel(labels[1])
+        axes.set_title(title)
+        figure.colorbar(image)
+    return figure
 
 
 def accuracy_by_task(

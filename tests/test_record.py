@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from experiments.command import Options, UserError
-from experiments.record import Record, summary, table
+from experiments.record import Record, summarize, table
 
 MATRIX = np.array([[[1.0, 0.5], [0.75, 1.0]], [[1.0, 0.5], [0.25, 1.0]]])
 RUN = {"test": MATRIX, "train": MATRIX, "initial": MATRIX[:, 0], "seconds": 1.5}
@@ -64,7 +64,7 @@ def test_rewinding_takes_back_what_will_be_logged_again(tmp_path):
 
 
 def test_summary_and_table():
-    test = summary(RUN)["test"]
+    test = summarize(RUN)["test"]
     spread = np.std([0.875, 0.625], ddof=1)
     assert test["average_accuracy"] == {
         "mean": 0.75,

@@ -1,0 +1,156 @@
+"""Choose c and ξ for split MNIST on held-out data: ``python -m experiments.sweep``."""
+
+import dataclasses
+import itertools
+import json
+from pathlib import Path
+
+import numpy as np
+import optax
+from matplotlib.figure import Figure
+
+from experiments import command, driver, split_mnist
+from experiments.record import Record, table
+from si_jax import figures, metrics, tasks
+from si_jax.data import Examples
+
+GRID = "grid"
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(split_mnist.Config):
+    """The strength c and the damping ξ for split MNIST, chosen on held-out data.
+
+    Every point of the grid is trained on a part of the training set and evaluated on
+    the rest of it. The best point is then trained on the whole training set with fresh
+    seeds and evaluated on the test set, which has no part in the choice.
+    """
+
+    seeds: int = 5
+    """Runs of each point, with the seeds 0, 1, …; then as many fresh ones."""
+    strengths: tuple[float, ...] = (0.1, 0.3, 1.0, 3.0, 10.0)
+    """The values of c (eq. 4)."""
+    dampings: tuple[float, ...] = (1e-4, 1e-3, 1e-2)
+    """The values of ξ (eq. 5)."""
+    held_out: float = 1 / 6
+    """The fraction of the training set to choose on."""
+    out: Path = Path("runs/sweep")
+    """Folder for the results; the same command again goes on where it was left."""
+
+    def __post_init__(self):
+        """Refuse values that make no sense."""
+        super().__post_init__()
+        if not 0 < self.held_out < 1:
+            raise ValueError(f"held_out must be between 0 and 1, got {self.held_out}")
+        if not all(damping > 0 for damping in self.dampings):
+            raise ValueError(f"dampings must be > 0, got {self.dampings}")
+
+
+def hold_out(problem: driver.Problem, fraction: float) -> driver.Problem:
+    """A part of the training set takes the test set's place: a fixed, random one."""
+    images, labels = problem.train
+    order = np.random.default_rng(0).permutation(len(labels))
+    held = round(fraction * len(labels))
+
+    def part(rows: np.ndarray) -> tuple[Examples, tasks.Task]:
+        examples = Examples(images[rows], labels[rows])
+        groups, outputs = split_mnist.GROUPS, problem.train_tasks.classes.shape[-1]
+        return examples, tasks.split_classes(examples.labels, groups, outputs)
+
+    (train, train_tasks), (test, test_tasks) = part(order[held:]), part(order[:held])
+    return driver.Problem(train, test, train_tasks, test_tasks)
+
+
+def choose(accuracy: np.ndarray) -> tuple[int, int]:
+    """The strength and damping of the best mean, of ``(seeds, strengths, dampings)``."""
+    mean = accuracy.mean(axis=0)
+    strength, damping = np.unravel_index(mean.argmax(), mean.shape)
+    return int(strength), int(damping)
+
+
+def run(config: Config) -> None:
+    """Run the grid, choose, and run the choice; what is finished is not repeated."""
+    record = Record("sweep", config)
+    problem = split_mnist.make_problem(config)
+    make_learner = split_mnist.make_learner(config, optax.adam(config.learning_rate))
+
+    def train(method, seeds, strengths, dampings, problem):
+        return driver.run(
+            make_learner,
+            {"strength": strengths, "damping": dampings},
+            seeds,
+            problem,
+            epochs=config.epochs,
+            method=method,
+            record=record,
+            options=config,
+        )
+
+    shape = (config.seeds, len(config.strengths), len(config.dampings))
+    if GRID not in record.runs:
+        seeds, strengths, dampings = zip(
+            *itertools.product(range(config.seeds), config.strengths, config.dampings),
+            strict=True,
+        )
+        held = hold_out(problem, config.held_out)
+        grid = train(GRID, seeds, strengths, dampings, held)
+        record.add(GRID, grid, summary={"axes": ["seed", "strength", "damping"]})
+    held_out = np.asarray(record.runs[GRID]["test"])
+    accuracy = np.asarray(metrics.average_accuracy(held_out)).reshape(shape)
+    best = choose(accuracy)
+    strength, damping = config.strengths[best[0]], config.dampings[best[1]]
+    choice = f"si c={strength:g} ξ={damping:g}"
+    if choice not in record.runs:
+        fresh = range(config.seeds, 2 * config.seeds)
+        n = config.seeds
+        result = train(choice, fresh, [strength] * n, [damping] * n, problem)
+        record.add(choice, result)
+
+    name = split_mnist.NAMES[config.data]
+    print(f"\nSplit {name}: held-out accuracy after all tasks, mean of {config.seeds}")
+    print(_grid_table(accuracy.mean(axis=0), config))
+    print(
+        f"\nThe best: c = {strength:g}, ξ = {damping:g}. On the test set, fresh seeds:"
+    )
+    print(table({choice: record.runs[choice]}, "test", split_mnist.TITLES))
+    record.save("sweep", figure(accuracy, best, config))
+    path = config.out / "chosen.toml"
+    path.write_text(chosen_config(config, strength, damping))
+    print(f"\nRun it with: python -m experiments.split_mnist --config {path}")
+
+
+def chosen_config(config: Config, strength: float, damping: float) -> str:
+    """A configuration of ``experiments.split_mnist`` with the choice."""
+    own = [field.name for field in dataclasses.fields(split_mnist.Config)]
+    places = [field.name for field in dataclasses.fields(command.Options)]
+    values = {name: getattr(config, name) for name in own if name not in places}
+    values.update(strengths=[strength, 0.0], damping=damping)
+    lines = [f"{name} = {json.dumps(value)}" for name, value in values.items()]
+    return "\n".join(
+        ["# Chosen on held-out data by python -m experiments.sweep.", *lines, ""]
+    )
+
+
+def figure(accuracy: np.ndarray, best: tuple[int, int], config: Config) -> Figure:
+    """The grid as a heat map, the choice framed."""
+    return figures.heat_map(
+        accuracy.mean(axis=0),
+        config.strengths,
+        config.dampings,
+        labels=("strength c", "damping ξ"),
+        title=f"Held-out accuracy, mean of {config.seeds} seeds",
+        chosen=best,
+    )
+
+
+def _grid_table(mean: np.ndarray, config: Config) -> str:
+    head = "c \\ ξ".ljust(8) + "".join(f"{x:>10g}" for x in config.dampings)
+    rows = [
+        f"{c:<8g}" + "".join(f"{x:10.4f}" for x in row)
+        for c, row in zip(config.strengths, mean, strict=True)
+    ]
+    return "\n".join([head, *rows])
+
+
+if __name__ == "__main__":
+    command.main(Config, "sweep", run)

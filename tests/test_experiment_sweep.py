@@ -1,0 +1,55 @@
+import numpy as np
+
+from experiments import command, split_mnist, sweep
+from experiments.driver import Problem
+from si_jax import figures, tasks
+from si_jax.data import Examples
+
+LABELS = np.arange(600, dtype=np.int32) % 10
+TRAIN = Examples(np.arange(600)[:, None, None, None].astype(np.uint16), LABELS)
+TEST = Examples(TRAIN.images + 1000, LABELS)
+TASK = tasks.split_classes(LABELS, split_mnist.GROUPS, 10)
+
+
+def test_held_out_examples_come_from_the_training_set_and_are_not_trained_on():
+    held = sweep.hold_out(Problem(TRAIN, TEST, TASK, TASK), 1 / 6)
+    trained, evaluated = held.train.images.ravel(), held.test.images.ravel()
+    assert len(evaluated) == 100
+    assert sorted([*trained, *evaluated]) == list(range(600)), "and no test example"
+    np.testing.assert_array_equal(held.test.labels, evaluated % 10)
+    assert held.test_tasks.size.sum() == 100
+    assert held.train_tasks.size.sum() == 500
+
+
+def test_the_best_mean_is_chosen():
+    accuracy = np.zeros((2, 3, 4))
+    accuracy[:, 1, 2] = 0.8
+    accuracy[0, 2, 3] = 1.0  # one lucky seed
+    assert sweep.choose(accuracy) == (1, 2)
+
+
+def test_the_choice_is_a_configuration_that_runs(tmp_path):
+    config = sweep.Config(data="mnist5k", epochs=3, hidden=(8,))
+    file = tmp_path / "chosen.toml"
+    file.write_text(sweep.chosen_config(config, 0.3, 1e-4))
+    chosen = command.parse(split_mnist.Config, file, [])
+    assert chosen == split_mnist.Config(
+        data="mnist5k",
+        seeds=5,
+        epochs=3,
+        hidden=(8,),
+        strengths=(0.3, 0.0),
+        damping=1e-4,
+    )
+
+
+def test_heat_map_writes_every_value_and_frames_the_choice():
+    values = np.array([[0.1, 0.2, 0.3], [0.4, 0.5, 0.6]])
+    figure = figures.heat_map(
+        values, [1, 10], [0.1, 1, 10], labels=("c", "ξ"), title="t", chosen=(1, 2)
+    )
+    axes = figure.axes[0]
+    assert {t.get_text() for t in axes.texts} == {f"{x:.4f}" for x in values.ravel()}
+    assert [t.get_text() for t in axes.get_yticklabels()] == ["1", "10"]
+    (frame,) = axes.patches
+    assert frame.get_xy() == (1.5, 0.5)
