@@ -62,7 +62,7 @@ def hold_out(problem: driver.Problem, fraction: float) -> driver.Problem:
 
 
 def choose(accuracy: np.ndarray) -> tuple[int, int]:
-    """The strength and damping of the best mean, of ``(seeds, strengths, dampings)``."""
+    """The point of the best mean: ``(seeds, strengths, dampings)`` to two indices."""
     mean = accuracy.mean(axis=0)
     strength, damping = np.unravel_index(mean.argmax(), mean.shape)
     return int(strength), int(damping)

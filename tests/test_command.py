@@ -37,7 +37,7 @@ def test_the_default_file_says_what_the_dataclass_says():
     ("content", "message"),
     [
         ("epoch = 3", "own.toml: unknown key 'epoch'; did you mean 'epochs'?"),
-        ("zzz = 3", "unknown key 'zzz'; keys: data, seeds"),
+        ("zzz = 3", "unknown key 'zzz'; keys: out"),
         ("epochs = ", "cannot read the configuration"),
     ],
 )
