@@ -8,7 +8,7 @@ import sys
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import jax
 import tyro
@@ -34,6 +34,12 @@ class Options:
     """Epochs between checkpoints; there is one at every task's end, too."""
     max_parallel: int | None = None
     """Runs side by side on a device; by default 64 on an accelerator, 1 on a CPU."""
+    coordinator: str | None = None
+    """Of several processes, each started with this command: HOST:PORT of the first."""
+    num_processes: int | None = None
+    """How many processes there are; SLURM's own are found without these three."""
+    process_id: int | None = None
+    """This one's number, from 0."""
 
     def check(self, *, positive: tuple[str, ...], at_least_1: tuple[str, ...]) -> None:
         """Refuse values that make no sense, for ``__post_init__``."""
@@ -56,11 +62,44 @@ def main(config_class: type[Config], name: str, run: Callable[[Config], None]) -
         config = parse(config_class, CONFIGS / f"{name}.toml", sys.argv[1:])
         # On a CPU every core is a device, so that runs go side by side.
         jax.config.update("jax_num_cpu_devices", _cores())
+        _join(config)
         run(config)
     except (UserError, DataError) as error:
-        sys.exit(f"error: {error}")
+        _end(f"error: {error}")
     except KeyboardInterrupt:
-        sys.exit("interrupted: what was finished is kept, the same command goes on")
+        _end("interrupted: what was finished is kept, the same command goes on")
+    except ConnectionError as error:
+        _end(
+            f"error: another process is gone ({error}).\nStart all of them again with "
+            "the same command: they go on from the last checkpoint."
+        )
+
+
+def _join(options: Options) -> None:
+    """Join the other processes, if there are any."""
+    given = (options.coordinator, options.num_processes, options.process_id)
+    if any(value is not None for value in given):
+        if None in given:
+            raise UserError(
+                "--coordinator, --num-processes and --process-id go together."
+            )
+        try:
+            jax.distributed.initialize(*given, initialization_timeout=60)
+        except (RuntimeError, ValueError) as error:
+            raise UserError(
+                f"cannot join the coordinator {options.coordinator}: {error}"
+            ) from error
+    elif int(os.environ.get("SLURM_NTASKS", "1")) > 1:
+        jax.distributed.initialize()
+
+
+def _end(message: str) -> NoReturn:
+    """Say why, and leave with status 1."""
+    if jax.process_count() == 1:
+        sys.exit(message)
+    # An orderly exit would wait for processes that may be gone.
+    print(message, file=sys.stderr, flush=True)
+    os._exit(1)
 
 
 def parse(config_class: type[Config], default: Path, arguments: list[str]) -> Config:

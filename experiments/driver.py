@@ -5,7 +5,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
@@ -81,6 +80,15 @@ def run(
       ``(runs, tasks)``, and ``seconds`` of wall time, compilation included.
     """
     mesh = sweep.mesh(len(seeds))
+    missing = -len(seeds) % mesh.size  # made up by repeating the last run
+
+    def one_per_run(values, dtype):
+        values = np.asarray(values, dtype)
+        return sweep.spread(np.append(values, values[-1:].repeat(missing)), mesh)
+
+    def measured(results):
+        """On the host, without what was made up."""
+        return jax.tree.map(lambda x: x[: len(seeds)], sweep.gather(results))
 
     def compiled(piece, mapped, donate=False):
         def of_one_run(*arguments):
@@ -96,24 +104,25 @@ def run(
             max_parallel=options.max_parallel,
         )
 
-    def one_epoch(learner, carry, key, examples, tasks, number, i):
+    def one_epoch(learner, carry, seed, examples, tasks, number, i):
         task = jax.tree.map(lambda x: x[number], tasks)
-        return learner.epoch(carry, examples, task, epoch_key(key, number, i))
+        key = epoch_key(jax.random.key(seed), number, i)
+        return learner.epoch(carry, examples, task, key)
 
-    init = compiled(lambda learner, key: learner.init(init_key(key)), 2)
+    init = compiled(lambda learner, s: learner.init(init_key(jax.random.key(s))), 2)
     epoch = compiled(one_epoch, 3, donate=True)
     finish = compiled(lambda learner, carry: learner.finish(carry), 2, donate=True)
     evaluate = compiled(lambda learner, carry, *rest: learner.evaluate(carry, *rest), 2)
 
-    keys = jax.vmap(jax.random.key)(jnp.asarray(seeds, jnp.uint32))
-    values = {k: jnp.asarray(v, jnp.float32) for k, v in hyperparameters.items()}
+    own = one_per_run(seeds, np.uint32)
+    values = {k: one_per_run(v, np.float32) for k, v in hyperparameters.items()}
     train, test, train_tasks, test_tasks = sweep.replicate(problem, mesh)
     count = len(problem.train_tasks.size)
     total = count * epochs
 
     start = time.perf_counter()
-    carry = init(keys, values)
-    initial = np.asarray(evaluate(carry, values, test, test_tasks))
+    carry = init(own, values)
+    initial = measured(evaluate(carry, values, test, test_tasks))
     nothing = np.full((len(seeds), count, count), np.nan, np.float32)
     state = State(carry, nothing, nothing.copy(), initial, np.zeros((), np.float32))
     checkpoints = record.checkpoints(method)
@@ -123,14 +132,18 @@ def run(
     start -= float(state.seconds)
 
     with tqdm(
-        total=total, initial=position, desc=method, unit="epoch", disable=None
+        total=total,
+        initial=position,
+        desc=method,
+        unit="epoch",
+        disable=None if jax.process_index() == 0 else True,
     ) as bar:
         while position < total:
             number, i = divmod(position, epochs)
             carry, report = epoch(
-                state.carry, keys, values, train, train_tasks, number, i
+                state.carry, own, values, train, train_tasks, number, i
             )
-            state, report = state._replace(carry=carry), jax.device_get(report)
+            state, report = state._replace(carry=carry), measured(report)
             log = {"task": number, "epoch": i, **report._asdict()}
             record.log(method=method, position=position, **log)
             position += 1
@@ -141,10 +154,11 @@ def run(
                     (state.test, test, test_tasks),
                     (state.train, train, train_tasks),
                 ):
-                    rows[:, number] = evaluate(state.carry, values, examples, tasks)
+                    accuracy = evaluate(state.carry, values, examples, tasks)
+                    rows[:, number] = measured(accuracy)
             if ends or position % options.checkpoint_every == 0:
-                seconds = np.float32(time.perf_counter() - start)
-                state = state._replace(seconds=np.asarray(seconds))
+                seconds = np.asarray(time.perf_counter() - start, np.float32)
+                state = state._replace(seconds=seconds)
                 checkpoints.save(position, state)
             bar.update()
             bar.set_postfix_str(

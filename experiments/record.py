@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from matplotlib.figure import Figure
 
 from experiments.command import Options, UserError
@@ -42,9 +43,7 @@ class Record:
     def __init__(self, experiment: str, config: Options):
         self.folder = config.out
         if config.overwrite:
-            for file in ("config.json", "results.json", "metrics.jsonl"):
-                (self.folder / file).unlink(missing_ok=True)
-            shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
+            self._clear()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -61,6 +60,7 @@ class Record:
         self._refuse_another(started, head)
         self.content = {**started, "runs": {}, "summary": {}}
         self.content.update(self._read("results.json") or {})
+        _wait_for_all("all have read")
 
     @property
     def runs(self) -> dict[str, Any]:
@@ -81,8 +81,9 @@ class Record:
 
     def log(self, **entry: Any) -> None:
         """Append a line to ``metrics.jsonl``."""
-        with (self.folder / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps(_jsonable(entry)) + "\n")
+        if is_first():
+            with (self.folder / "metrics.jsonl").open("a") as file:
+                file.write(json.dumps(_jsonable(entry)) + "\n")
 
     def rewind(self, method: str, position: int) -> None:
         """Take back what was logged of a method after ``position`` epochs."""
@@ -102,11 +103,18 @@ class Record:
 
     def save(self, name: str, figure: Figure) -> None:
         """Write a figure as PNG and PDF."""
-        for suffix in ("png", "pdf"):
+        for suffix in ("png", "pdf") if is_first() else ():
             try:
                 figure.savefig(self.folder / f"{name}.{suffix}")
             except OSError as error:
                 raise UserError(f"cannot write the figure: {error}") from error
+
+    def _clear(self) -> None:
+        if is_first():
+            for file in ("config.json", "results.json", "metrics.jsonl"):
+                (self.folder / file).unlink(missing_ok=True)
+            shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
+        _wait_for_all("the first has cleared")
 
     def _read(self, name: str) -> dict[str, Any] | None:
         path = self.folder / name
@@ -140,6 +148,8 @@ class Record:
 
     def _replace(self, path: Path, text: str) -> None:
         """Whole or not at all."""
+        if not is_first():
+            return
         part = path.with_suffix(".part")
         try:
             part.write_text(text)
@@ -149,6 +159,16 @@ class Record:
                 f"cannot write {path}: {error}. Make room and run the same command "
                 "again: it goes on from the last checkpoint."
             ) from error
+
+
+def is_first() -> bool:
+    """Of several processes one writes; all read."""
+    return jax.process_index() == 0
+
+
+def _wait_for_all(what: str) -> None:
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(what)
 
 
 def versions() -> dict[str, Any]:

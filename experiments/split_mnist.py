@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 import si_jax
 from experiments import command, driver
-from experiments.record import Record, table
+from experiments.record import Record, is_first, table
 from si_jax import data, figures, tasks
 from si_jax.models import MLP
 from si_jax.train import Learner, learner
@@ -105,7 +105,7 @@ def run(config: Config) -> None:
     todo = {k: v for k, v in methods(config).items() if k not in record.runs}
     if todo:
         problem = make_problem(config)
-    else:
+    elif is_first():
         print(f"Finished before: the results are those in {config.out}.")
     for name, (inner, strength) in todo.items():
         result = driver.run(
@@ -122,6 +122,12 @@ def run(config: Config) -> None:
             options=config,
         )
         record.add(name, result)
+    if is_first():
+        report(config, record)
+
+
+def report(config: Config, record: Record) -> None:
+    """Print and draw the finished methods."""
     name = NAMES[config.data]
     for split in ("train", "test"):
         print(

@@ -10,7 +10,7 @@ import optax
 from matplotlib.figure import Figure
 
 from experiments import command, driver, split_mnist
-from experiments.record import Record, table
+from experiments.record import Record, is_first, table
 from si_jax import figures, metrics, tasks
 from si_jax.data import Examples
 
@@ -105,7 +105,19 @@ def run(config: Config) -> None:
         n = config.seeds
         result = train(choice, fresh, [strength] * n, [damping] * n, problem)
         record.add(choice, result)
+    if is_first():
+        report(config, record, accuracy, best, choice)
 
+
+def report(
+    config: Config,
+    record: Record,
+    accuracy: np.ndarray,
+    best: tuple[int, int],
+    choice: str,
+) -> None:
+    """Print and draw the grid and the choice, and write it as a configuration."""
+    strength, damping = config.strengths[best[0]], config.dampings[best[1]]
     name = split_mnist.NAMES[config.data]
     print(f"\nSplit {name}: held-out accuracy after all tasks, mean of {config.seeds}")
     print(_grid_table(accuracy.mean(axis=0), config))

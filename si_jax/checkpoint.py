@@ -2,19 +2,23 @@
 
 import logging
 import shutil
-import zlib
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
 _log = logging.getLogger(__name__)
 
 
 class Checkpoints:
     """The checkpoints of one run in a folder of their own.
+
+    Under ``jax.distributed`` every process calls the same methods, and all see the same
+    folder; each writes and reads its own part of the arrays.
 
     Args:
       folder: made when the first checkpoint is written.
@@ -35,7 +39,7 @@ class Checkpoints:
           step: a number larger than those before.
           tree: arrays, sharded or not.
         """
-        content = {"tree": tree, "checksum": np.uint32(_checksum(tree))}
+        content = {"tree": tree, "checksum": np.asarray(_checksum(tree), np.uint32)}
         try:
             with self._manager() as manager:
                 manager.save(step, args=ocp.args.StandardSave(content))
@@ -60,30 +64,30 @@ class Checkpoints:
         """
         if not self._folder.exists():
             return None
-        content = {"tree": like, "checksum": jax.ShapeDtypeStruct((), np.uint32)}
+        content = {"tree": like, "checksum": np.zeros((), np.uint32)}
         with self._manager() as manager:
             for step in sorted(manager.all_steps(), reverse=True):
+                wrong, tree = "", None
                 try:
                     found = manager.restore(
                         step, args=ocp.args.StandardRestore(content)
                     )
-                    if found["checksum"] != _checksum(found["tree"]):
-                        raise ValueError("its checksum does not fit")
+                    tree = found["tree"]
+                    if found["checksum"] != _checksum(tree):
+                        wrong = "its checksum does not fit"
                 except Exception as error:  # whatever the storage layers raise
-                    _log.warning(
-                        "The checkpoint %s is damaged (%s); going back to the one "
-                        "before it.",
-                        self._folder / str(step),
-                        str(error).splitlines()[0][:200],
-                    )
-                    shutil.rmtree(self._folder / str(step))
-                else:
-                    return step, found["tree"]
+                    wrong = str(error).splitlines()[0][:200]
+                if not _anywhere(bool(wrong)):
+                    return step, tree
+                path = self._folder / str(step)
+                _log.warning(
+                    "The checkpoint %s is damaged (%s); going back to the one before.",
+                    path,
+                    wrong or "for another process",
+                )
+                if jax.process_index() == 0:
+                    shutil.rmtree(path)
         return None
-
-    def remove(self) -> None:
-        """Delete all of them."""
-        shutil.rmtree(self._folder, ignore_errors=True)
 
     def _manager(self) -> ocp.CheckpointManager:
         options = ocp.CheckpointManagerOptions(
@@ -92,9 +96,22 @@ class Checkpoints:
         return ocp.CheckpointManager(self._folder, options=options)
 
 
-def _checksum(tree: Any) -> int:
-    """CRC-32 of every array's bytes: the storage does not notice a flipped bit."""
-    total = 0
-    for leaf in jax.tree.leaves(tree):
-        total = zlib.crc32(np.ascontiguousarray(leaf).view(np.uint8).data, total)
-    return total
+def _checksum(tree: Any) -> np.uint32:
+    """The sum of every array's words: the storage does not notice a flipped bit."""
+    sums = [int(_sum_of_words(x)) for x in jax.tree.leaves(tree)]
+    return np.uint32(sum(sums) % 2**32)
+
+
+@jax.jit
+def _sum_of_words(x: jax.Array) -> jax.Array:
+    if x.dtype != bool:
+        width = {1: jnp.uint8, 2: jnp.uint16}.get(x.dtype.itemsize, jnp.uint32)
+        x = jax.lax.bitcast_convert_type(x, width)
+    return jnp.sum(x, dtype=jnp.uint32)
+
+
+def _anywhere(flag: bool) -> bool:
+    """Whether it is so on any process."""
+    if jax.process_count() == 1:
+        return flag
+    return bool(multihost_utils.process_allgather(np.array([flag])).any())

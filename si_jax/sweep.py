@@ -1,4 +1,4 @@
-"""Many runs as one program, over all local devices."""
+"""Many runs as one program, over all devices."""
 
 import itertools
 from collections.abc import Callable, Sequence
@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 
@@ -45,30 +46,61 @@ def sweep(
     shape = (len(seeds), *map(len, axes.values()))
     points = list(itertools.product(seeds, *axes.values()))
     columns = list(zip(*points, strict=True))
-    keys = jax.vmap(jax.random.key)(jnp.asarray(columns[0], jnp.uint32))
     values = {
-        name: jnp.asarray(column, jnp.float32)
+        name: np.asarray(column, np.float32)
         for name, column in zip(axes, columns[1:], strict=True)
     }
     devices = mesh(len(points))
-    run = over_runs(
-        lambda key, hyperparameters, *rest: train(key, *rest, **hyperparameters),
-        devices,
-        mapped=2,
-        max_parallel=max_parallel,
-    )
-    results = run(keys, values, *replicate(shared, devices))
+
+    def run(seed, hyperparameters, *rest):
+        return train(jax.random.key(seed), *rest, **hyperparameters)
+
+    all_runs = over_runs(run, devices, mapped=2, max_parallel=max_parallel)
+    seed = np.asarray(columns[0], np.uint32)
+    results = all_runs(seed, values, *replicate(shared, devices))
     return jax.tree.map(lambda x: x.reshape(*shape, *x.shape[1:]), results)
 
 
 def mesh(runs: int) -> Mesh:
-    """The local devices, as many as there are runs to share out, along an axis."""
-    return Mesh(np.array(jax.local_devices()[:runs]), ("runs",))
+    """The devices to share ``runs`` out over, along one axis.
+
+    Under ``jax.distributed`` all devices of all processes; else the local ones, as many
+    as there are runs.
+    """
+    devices = jax.devices() if jax.process_count() > 1 else jax.devices()[:runs]
+    return Mesh(np.array(devices), ("runs",))
 
 
 def replicate(tree: Any, mesh: Mesh) -> Any:
     """Put a copy of ``tree`` on every device of ``mesh``, once."""
-    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+    return _place(tree, NamedSharding(mesh, PartitionSpec()))
+
+
+def spread(tree: Any, mesh: Mesh) -> Any:
+    """Share out the leading axis of every array of ``tree`` over the devices."""
+    return _place(tree, NamedSharding(mesh, PartitionSpec("runs")))
+
+
+def gather(tree: Any) -> Any:
+    """NumPy arrays of what lies on the devices, those of other processes too.
+
+    Raises:
+      ConnectionError: if another process is gone.
+    """
+    if jax.process_count() == 1:
+        return jax.device_get(tree)
+    try:
+        return multihost_utils.process_allgather(tree, tiled=True)
+    except (ValueError, jax.errors.JaxRuntimeError) as error:
+        raise ConnectionError(str(error).splitlines()[0]) from error
+
+
+def _place(tree: Any, sharding: NamedSharding) -> Any:
+    def place(x):
+        x = np.asarray(x)
+        return jax.make_array_from_callback(x.shape, sharding, lambda part: x[part])
+
+    return jax.tree.map(place, tree)
 
 
 def over_runs(
@@ -116,7 +148,7 @@ def over_runs(
 
         return jax.lax.map(one, own, batch_size=parallel if parallel > 1 else None)
 
-    spread = jax.shard_map(
+    on_each_device = jax.shard_map(
         each, mesh=mesh, in_specs=(runs, shared), out_specs=runs, check_vma=False
     )
 
@@ -129,7 +161,7 @@ def over_runs(
             return jnp.concatenate([x, jnp.repeat(x[-1:], missing, axis=0)])
 
         padded = jax.tree.map(pad, own) if missing else own
-        results = spread(padded, rest)
+        results = on_each_device(padded, rest)
         return jax.tree.map(lambda x: x[:count], results) if missing else results
 
     return jax.jit(all_runs, donate_argnums=0 if donate else ())

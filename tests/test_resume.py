@@ -5,6 +5,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -37,9 +38,9 @@ def command(tmp_path_factory):
     cache = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("jax"))}
     cache["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
-    def start(out):
+    def start(out, *more):
         return subprocess.Popen(
-            [*program, "--out", str(out)],
+            [*program, "--out", str(out), *more],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -129,3 +130,41 @@ def test_another_configuration_is_refused_before_anything_is_finished(
     _, errors = process.communicate()
     assert process.returncode == 1
     assert "epochs: 30 there, 3 now" in errors
+
+
+def two_processes(command, out, port, *more):
+    both = ["--coordinator", f"127.0.0.1:{port}", "--num-processes", "2", *more]
+    return [command(out, *both, "--process-id", str(i)) for i in range(2)]
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def test_two_processes_share_the_runs_and_survive_the_loss_of_one(command, tmp_path):
+    """Equal to one process; lost one, the other says so, and both go on."""
+    more = ["--seeds", "4", "--epochs", "6", "--checkpoint-every", "4"]
+    more += ["--strengths", "1", "--sgd-learning-rate", "0"]
+    alone = command(tmp_path / "alone", *more)
+    _, errors = alone.communicate()
+    assert alone.returncode == 0, errors
+
+    out = tmp_path / "both"
+    first, second = two_processes(command, out, free_port(), *more)
+    while progress(out) < 7 and first.poll() is None:  # in the second task's midst
+        time.sleep(0.01)
+    second.kill()
+    second.communicate()
+    _, errors = first.communicate(timeout=120)
+    assert first.returncode != 0
+    assert "Start all of them again with the same command" in errors
+    assert "Traceback" not in errors
+
+    processes = two_processes(command, out, free_port(), *more)
+    outputs = [process.communicate(timeout=300) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    assert outputs[1][0] == "", "one of them reports"
+    assert accuracies(out) == accuracies(tmp_path / "alone")
+    assert logged(out) == logged(tmp_path / "alone")
