@@ -121,7 +121,7 @@ def parse(config_class: type[Config], default: Path, arguments: list[str]) -> Co
     known, overrides = flags.parse_known_args(arguments)
     path = known.config
     try:
-        entries = tomllib.loads(path.read_text())
+        entries = tomllib.loads(path.read_bytes().decode())
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read the configuration {path}: {error}") from error
     fields = [field.name for field in dataclasses.fields(config_class)]

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import matplotlib
 import numpy as np
 from jax.experimental import multihost_utils
 from matplotlib.figure import Figure
@@ -19,7 +20,7 @@ from matplotlib.figure import Figure
 from experiments.command import Options, UserError
 from si_jax import metrics
 from si_jax.checkpoint import Checkpoints
-from si_jax.figures import standard_error
+from si_jax.figures import STYLE
 
 PACKAGES = ("si_jax", "jax", "jaxlib", "flax", "optax", "numpy")
 PLACES = [field.name for field in dataclasses.fields(Options)]
@@ -42,10 +43,10 @@ class Record:
 
     def __init__(self, experiment: str, config: Options):
         self.folder = config.out
-        if config.overwrite:
-            self._clear()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            if config.overwrite:
+                self._clear()
         except OSError as error:
             raise UserError(f"cannot write to --out {self.folder}: {error}") from error
         entries = _jsonable(dataclasses.asdict(config))
@@ -58,8 +59,9 @@ class Record:
             started = {**head, "versions": versions()}
             self._write("config.json", started)
         self._refuse_another(started, head)
-        self.content = {**started, "runs": {}, "summary": {}}
-        self.content.update(self._read("results.json") or {})
+        finished = self._read("results.json") or {"runs": {}, "summary": {}}
+        self._refuse_another({**head, **finished}, head)
+        self.content = {**started, **finished}
         _wait_for_all("all have read")
 
     @property
@@ -72,12 +74,16 @@ class Record:
     ) -> None:
         """Keep a finished method, with :func:`summarize` of it or another summary."""
         self.runs[method] = _jsonable(run)
+        if (now := versions()) != self.content["versions"]:
+            self.runs[method]["versions"] = now
         self.content["summary"][method] = _jsonable(summary or summarize(run))
         self._write("results.json", self.content)
 
     def checkpoints(self, method: str) -> Checkpoints:
         """The checkpoints of a method that is under way."""
-        return Checkpoints(self.folder / "checkpoints" / re.sub(r"\W+", "-", method))
+        return Checkpoints(
+            self.folder / "checkpoints" / re.sub(r"[^\w.=]+", "-", method)
+        )
 
     def log(self, **entry: Any) -> None:
         """Append a line to ``metrics.jsonl``."""
@@ -105,7 +111,8 @@ class Record:
         """Write a figure as PNG and PDF."""
         for suffix in ("png", "pdf") if is_first() else ():
             try:
-                figure.savefig(self.folder / f"{name}.{suffix}")
+                with matplotlib.rc_context(STYLE):
+                    figure.savefig(self.folder / f"{name}.{suffix}")
             except OSError as error:
                 raise UserError(f"cannot write the figure: {error}") from error
 
@@ -121,17 +128,20 @@ class Record:
         if not path.exists():
             return None
         try:
-            return json.loads(path.read_text())
+            content = json.loads(path.read_text())
+            if not isinstance(content, dict):
+                raise ValueError("not an object")
+            return content
         except ValueError as error:
             raise UserError(
                 f"{path} is damaged ({error}): choose another --out, or --overwrite."
             ) from error
 
     def _refuse_another(self, there: dict[str, Any], here: dict[str, Any]) -> None:
-        if there["experiment"] != here["experiment"]:
-            difference = f"another experiment, {there['experiment']}"
+        if there.get("experiment") != here["experiment"]:
+            difference = f"another experiment, {there.get('experiment')}"
         else:
-            old, new = there["config"], here["config"]
+            old, new = there.get("config", {}), here["config"]
             difference = ", ".join(
                 f"{key}: {old.get(key)} there, {new.get(key)} now"
                 for key in {**old, **new}
@@ -213,7 +223,7 @@ def _statistics(values: Any) -> dict[str, float]:
     values = np.asarray(values, np.float64)
     return {
         "mean": round(float(values.mean()), 6),
-        "sem": round(float(standard_error(values)), 6),
+        "sem": round(float(metrics.standard_error(values)), 6),
         "std": round(float(values.std(ddof=1)) if len(values) > 1 else 0.0, 6),
         "n": len(values),
     }
@@ -224,7 +234,7 @@ def table(runs: dict[str, Any], split: str, titles: list[str]) -> str:
 
     def cell(values: Any) -> str:
         values = np.asarray(values, np.float64)
-        return f"{values.mean():.4f} ± {standard_error(values):.4f}"
+        return f"{values.mean():.4f} ± {metrics.standard_error(values):.4f}"
 
     rows = [["", *titles, "average", "forgetting"]]
     for method, run in runs.items():

@@ -1,6 +1,7 @@
 """Split MNIST, the paper's Fig. 3: ``python -m experiments.split_mnist``."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -57,8 +58,10 @@ class Config(command.Options):
             at_least_1=("seeds", "epochs", "batch_size"),
         )
         for value in (*self.strengths, self.sgd_learning_rate):
-            if not value >= 0:
+            if not 0 <= value < math.inf:
                 raise ValueError(f"strengths and rates must be >= 0, got {value}")
+        if len({f"{c:g}" for c in self.strengths}) < max(len(self.strengths), 1):
+            raise ValueError(f"strengths must be several and differ: {self.strengths}")
 
 
 def methods(config: Config) -> dict[str, tuple[optax.GradientTransformation, float]]:

@@ -2,6 +2,7 @@
 
 import logging
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ class Checkpoints:
     def restore(self, like: Any) -> tuple[int, Any] | None:
         """Read the newest checkpoint that is intact.
 
-        One that is damaged is logged and removed, and the one before it is read.
+        One that is damaged is logged and put aside, and the one before it is read.
 
         Args:
           like: a tree of arrays or ``jax.ShapeDtypeStruct``, with the shardings wanted.
@@ -86,7 +87,9 @@ class Checkpoints:
                     wrong or "for another process",
                 )
                 if jax.process_index() == 0:
-                    shutil.rmtree(path)
+                    aside = self._folder.with_name(f"{self._folder.name}-damaged")
+                    aside.mkdir(exist_ok=True)
+                    shutil.move(path, aside / f"{step}-{time.time_ns()}")
         return None
 
     def _manager(self) -> ocp.CheckpointManager:

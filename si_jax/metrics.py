@@ -130,3 +130,23 @@ def forward_transfer(matrix: ArrayLike, initial: ArrayLike) -> jax.Array:
     """
     before = jnp.diagonal(jnp.asarray(matrix), offset=1, axis1=-2, axis2=-1)
     return (before - jnp.asarray(initial)[..., 1:]).mean(-1)
+
+
+def standard_error(values: ArrayLike) -> jax.Array:
+    """Standard error of the mean over the first axis; zero for a single value.
+
+    Args:
+      values: ``(n, …)``.
+
+    Returns:
+      ``(…)``.
+
+    Example:
+      >>> from si_jax import metrics
+      >>> print(metrics.standard_error([1.0, 3.0]))
+      1.0
+    """
+    values = jnp.asarray(values)
+    if len(values) == 1:
+        return jnp.zeros_like(values[0])
+    return values.std(0, ddof=1) / jnp.sqrt(jnp.asarray(len(values), values.dtype))

@@ -38,6 +38,9 @@ def mask_logits(logits: jax.Array, classes: jax.Array) -> jax.Array:
       logits: ``(…, outputs)``.
       classes: bool ``(outputs,)``.
 
+    Returns:
+      ``(…, outputs)``, the dtype of ``logits``.
+
     Example:
       >>> import jax, jax.numpy as jnp
       >>> from si_jax import models

@@ -23,9 +23,7 @@ def stored(x: ArrayLike) -> jax.Array:
     info = jnp.finfo(jnp.result_type(x))
     if info.bits >= 32:
         return wide(x)
-    return jax.lax.reduce_precision(
-        wide(x), exponent_bits=info.nexp, mantissa_bits=info.nmant
-    )
+    return wide(jax.lax.optimization_barrier(x))
 
 
 def align(tree: Any, like: optax.Params, name: str) -> Any:
@@ -36,12 +34,12 @@ def align(tree: Any, like: optax.Params, name: str) -> Any:
     parameters and, differently, the optimizer's state.
     """
     slots, treedef = jax.tree_util.tree_flatten_with_path(like, is_leaf=_is_masked)
+    masked = {path for path, slot in slots if _is_masked(slot)}
     leaves = dict(jax.tree_util.tree_leaves_with_path(tree))
     aligned = []
     for path, slot in slots:
         where = f"{name}{jax.tree_util.keystr(path)}"
         if _is_masked(slot):
-            leaves = {p: x for p, x in leaves.items() if p[: len(path)] != path}
             aligned.append(slot)
         elif path not in leaves:
             raise ValueError(f"{where} is missing: Synaptic Intelligence tracks it.")
@@ -53,8 +51,10 @@ def align(tree: Any, like: optax.Params, name: str) -> Any:
                     f"Intelligence was made for {jnp.shape(slot)}."
                 )
             aligned.append(leaf)
-    if leaves:
-        where = f"{name}{jax.tree_util.keystr(next(iter(leaves)))}"
+    for path in leaves:
+        if any(path[:depth] in masked for depth in range(len(path) + 1)):
+            continue
+        where = f"{name}{jax.tree_util.keystr(path)}"
         raise ValueError(
             f"{where} is unknown: the state of Synaptic Intelligence was made for "
             "parameters without it."

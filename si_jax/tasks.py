@@ -40,7 +40,8 @@ def split_classes(
       A :class:`Task` whose fields have a first axis over the groups.
 
     Raises:
-      ValueError: if a group has no examples, or a class that is not an output.
+      ValueError: if there are no groups, or a group has no examples or a class that is
+        not an output.
 
     Example:
       >>> from si_jax import tasks
@@ -50,6 +51,8 @@ def split_classes(
       >>> print(task.classes[1])
       [False False  True  True]
     """
+    if not groups:
+        raise ValueError("there must be at least one group of classes.")
     labels = np.asarray(labels)
     members = [np.flatnonzero(np.isin(labels, group)) for group in groups]
     sizes = [len(m) for m in members]
@@ -67,8 +70,16 @@ def split_classes(
 
 
 def shuffle(task: Task, key: jax.Array) -> jax.Array:
-    """A random order of one task's examples: int32 ``(capacity,)``, padding last."""
-    positions = jnp.arange(task.rows.shape[-1])
-    rank = jax.random.bits(key, positions.shape) >> 1  # below any padding's
+    """A random order of one task's examples.
+
+    Args:
+      task: one task, not a stack of them.
+      key: what the order is a function of.
+
+    Returns:
+      int32 ``(capacity,)``: ``task.rows``, shuffled, with the padding last.
+    """
+    positions = jnp.arange(task.rows.shape[-1], dtype=jnp.int32)
+    rank = jax.random.bits(key, positions.shape, jnp.uint32) >> 1  # below any padding's
     rank = jnp.where(positions < task.size, rank, jnp.uint32(2**32 - 1))
     return task.rows[jnp.argsort(rank)]

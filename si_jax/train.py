@@ -6,17 +6,28 @@ give the same.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import optax
-from flax import linen as nn
 
 import si_jax
 from si_jax.data import Examples
 from si_jax.models import mask_logits
 from si_jax.tasks import Task, shuffle
+
+
+class Model(Protocol):
+    """A network, such as a Flax module: images ``(batch, …)`` to logits."""
+
+    @property
+    def init(self) -> Callable[..., Any]:
+        """``(key, images) → params``."""
+
+    @property
+    def apply(self) -> Callable[..., Any]:
+        """``(params, images) → logits (batch, outputs)``."""
 
 
 class Carry(NamedTuple):
@@ -90,7 +101,7 @@ class Result(NamedTuple):
 
 
 def learner(
-    model: nn.Module,
+    model: Model,
     tx: optax.GradientTransformation,
     image_shape: tuple[int, ...],
     *,
@@ -100,10 +111,10 @@ def learner(
     """Bind a network and an optimizer to the pieces of a run.
 
     Args:
-      model: a Flax module, from float images ``(batch, …)`` in [0, 1] to logits.
+      model: a network for float32 images ``(batch, *image_shape)`` in [0, 1].
       tx: an optimizer with Synaptic Intelligence; strength 0 is the plain optimizer.
         Its hyperparameters may be traced.
-      image_shape: the shape of one image.
+      image_shape: height, width, channels.
       batch_size: examples a step; an epoch's last batch may be smaller.
       reset_optimizer: start every task with a fresh optimizer.
 
@@ -114,13 +125,13 @@ def learner(
     def logits(
         params: optax.Params, images: jax.Array, classes: jax.Array
     ) -> jax.Array:
-        return mask_logits(cast(jax.Array, model.apply(params, images)), classes)
+        return mask_logits(model.apply(params, images), classes)
 
     def gather(
         examples: Examples, task: Task, order: jax.Array, i: jax.Array, size: int
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Batch i: images, labels, and 1 or 0 for what is there or beyond the end."""
-        positions = i * size + jnp.arange(size)
+        positions = i * size + jnp.arange(size, dtype=jnp.int32)
         rows = order.at[positions].get(mode="clip")
         images = jnp.asarray(examples.images)[rows].astype(jnp.float32) / 255
         there = (positions < task.size).astype(jnp.float32)
@@ -139,7 +150,8 @@ def learner(
             out = logits(params, images, task.classes)
             losses = optax.softmax_cross_entropy_with_integer_labels(out, labels)
             correct = (out.argmax(-1) == labels).astype(jnp.float32)
-            total = jnp.sum(losses * there)
+            # The padding's label may be masked, its loss infinite: no product will do.
+            total = jnp.sum(jnp.where(there > 0, losses, 0))
             return total / there.sum(), (total, jnp.sum(correct * there))
 
         def step(i, state):

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.typing import ArrayLike
 
@@ -56,8 +57,9 @@ class SynapticIntelligenceState(NamedTuple):
 
     Attributes:
       synapses: ω, Ω and θ̃.
-      strength: c of eq. 4 in force at the last update, a scalar.
-      damping: ξ of eq. 5 in force at the last update, a scalar.
+      strength: c of eq. 4 in force at the last update, a scalar; a record, to be set
+        where the transformation is made.
+      damping: ξ of eq. 5 in force at the last update, likewise.
       nonnegative: whether Ω is kept from falling below zero, a boolean scalar.
       last_params: the parameters at the last update, to see what they moved since.
       last_grads: the gradient at the last update, which that movement belongs to.
@@ -76,8 +78,9 @@ class WithSynapticIntelligenceState(NamedTuple):
 
     Attributes:
       synapses: ω, Ω and θ̃.
-      strength: c of eq. 4 in force at the last update, a scalar.
-      damping: ξ of eq. 5 in force at the last update, a scalar.
+      strength: c of eq. 4 in force at the last update, a scalar; a record, to be set
+        where the transformation is made.
+      damping: ξ of eq. 5 in force at the last update, likewise.
       nonnegative: whether Ω is kept from falling below zero, a boolean scalar.
       inner_state: the state of the wrapped optimizer.
     """
@@ -98,9 +101,9 @@ _State = SynapticIntelligenceState | WithSynapticIntelligenceState
 def _integrate(
     path_integral: optax.Params, grads: optax.Updates, movement: optax.Updates
 ) -> optax.Params:
-    """Eq. 3: ω ← ω − g·Δθ."""
+    """Eq. 3: ω ← ω − g·Δθ; nothing for what did not move, whatever its gradient."""
     return jax.tree.map(
-        lambda w, g, moved: w - g.astype(w.dtype) * moved,
+        lambda w, g, moved: w - jnp.where(moved == 0, 0, g.astype(w.dtype) * moved),
         path_integral,
         grads,
         movement,
@@ -137,7 +140,7 @@ def _consolidate(state: _State, params: optax.Params) -> _State:
         synapses=Synapses(
             path_integral=jax.tree.map(jnp.zeros_like, path_integral),
             importance=jax.tree.map(leaf, path_integral, importance, reference, params),
-            reference=jax.tree.map(jnp.copy, params),
+            reference=_copy(params, reference),
         )
     )
 
@@ -152,10 +155,8 @@ def _observe(
     omega = _integrate(state.synapses.path_integral, state.last_grads, movement)
     return state._replace(
         synapses=state.synapses._replace(path_integral=omega),
-        last_params=jax.tree.map(jnp.copy, params),
-        last_grads=jax.tree.map(
-            lambda g, last: jnp.array(g, last.dtype), grads, state.last_grads
-        ),
+        last_params=_copy(params, state.last_params),
+        last_grads=_copy(grads, state.last_grads),
     )
 
 
@@ -184,7 +185,13 @@ def synaptic_intelligence(
     the last gradient. ``path_integral`` lags one step behind until :func:`consolidate`.
 
     Pass the gradient of the task's loss alone; there is nothing to add to the loss.
-    Call :func:`consolidate` at every task's end.
+    Call :func:`consolidate` at every task's end. Two things to know:
+
+    - ``optax.MultiSteps`` belongs around it, so that the gradient it is shown is the
+      accumulated one that moves the parameters.
+    - An optimizer that evaluates the loss itself (``optax.lbfgs`` and other line
+      searches, ``optax.polyak_sgd``) sees only what it is passed: give it ``value``,
+      ``grad`` and ``value_fn`` of the loss plus :func:`surrogate_loss`.
 
     Args:
       strength: c of eq. 4, at least 0. May be traced (swept by ``jax.vmap``, or
@@ -262,10 +269,11 @@ def with_synaptic_intelligence(
     :math:`\omega_k \leftarrow \omega_k - g_k\,\Delta\theta_k` needs no memory of the
     last step. :math:`\Delta\theta` is what ``optax.apply_updates`` will make of the
     update, rounding included. **It must be outermost** among the transformations that
-    change the update: what is chained behind it, or done to the parameters by hand,
-    goes unseen. Wrappers that only decide when or on which leaves to update
-    (``optax.MultiSteps``, ``optax.apply_if_finite``, ``optax.masked``,
-    ``optax.partition``) belong around it.
+    change the update: what is chained behind it, or done to the parameters by hand
+    (``optax.lookahead``), goes unseen. Wrappers that only decide when or on which
+    leaves to update (``optax.MultiSteps``, ``optax.apply_if_finite``, ``optax.masked``,
+    ``optax.partition``) belong around it. As for the link, an optimizer that evaluates
+    the loss itself must be passed that of the loss plus :func:`surrogate_loss`.
 
     Args:
       inner: the optimizer, any :class:`optax.GradientTransformation`. Extra arguments
@@ -392,6 +400,7 @@ def reset_optimizer(
 
     The authors do so between the tasks of split MNIST and split CIFAR. (Their code
     keeps Adam's step count; a fresh bias correction needs it to start at zero.)
+    Hyperparameters of ``optax.inject_hyperparams`` return to their first values, too.
 
     Args:
       tx: the optimizer that made ``opt_state``.
@@ -419,6 +428,8 @@ def reset_optimizer(
       [0.5]
     """
     kept = _require(opt_state)
+    for state in kept:
+        _scalar(state.strength)
     fresh = tx.init(params)
     if [type(state) for state in _find(fresh)] != [type(state) for state in kept]:
         raise ValueError(
@@ -521,6 +532,11 @@ def synapses(opt_state: optax.OptState) -> Synapses:
 # --- Initial values and checks --------------------------------------------------------
 
 
+def _copy(tree: Any, like: Any) -> Any:
+    """A copy in the dtypes of ``like``: neither may donate the other's buffer."""
+    return jax.tree.map(lambda x, old: jnp.array(x, old.dtype), tree, like)
+
+
 def _zeros_wide(params: optax.Params) -> optax.Params:
     return jax.tree.map(lambda p: jnp.zeros_like(wide(p)), params)
 
@@ -569,9 +585,14 @@ def _check_hyperparameters(strength: Any, damping: Any) -> None:
                 f"{name} must be a scalar, got shape {jnp.shape(value)}; to sweep over "
                 "several values, use jax.vmap."
             )
-    if not isinstance(strength, jax.core.Tracer) and not strength >= 0:
+    dtype = jnp.result_type(float)  # the one they are used in: 1e-46 is 0 in float32
+    c, xi = (
+        None if isinstance(value, jax.core.Tracer) else np.asarray(value, dtype)
+        for value in (strength, damping)
+    )
+    if c is not None and not 0 <= c < np.inf:
         raise ValueError(f"strength (c of eq. 4) must be >= 0, got {strength}.")
-    if not isinstance(damping, jax.core.Tracer) and not damping > 0:
+    if xi is not None and not 0 < xi < np.inf:
         raise ValueError(f"damping (ξ of eq. 5) must be > 0, got {damping}.")
 
 

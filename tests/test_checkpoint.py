@@ -66,6 +66,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(how, tmp_path, caplog
     assert step == 1
     assert found["count"] == 1
     assert f"{tmp_path / '2'} is damaged" in caplog.text
+    assert len(list(tmp_path.with_name(tmp_path.name + "-damaged").iterdir())) == 1
     checkpoints.save(2, tree(2.0))  # the run goes on from there
     assert checkpoints.restore(like(0.0))[0] == 2
 

@@ -1,11 +1,13 @@
 """Users' mistakes end in one clear message."""
 
 import dataclasses
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from experiments import command
@@ -62,6 +64,8 @@ def test_a_missing_file_is_named():
         ("", ["--strengths", "-1"], "strengths and rates must be >= 0, got -1.0"),
         ("seeds = 0", [], "seeds must be at least 1, got 0"),
         ("", ["--epochs", "many"], "--epochs"),
+        ("", ["--strengths", "0.1", "0.10000001"], "must be several and differ"),
+        ("strengths = []", [], "must be several and differ"),
         ("", ["--epoch", "3"], "--epochs"),
         ("", ["--data", "mnits"], "mnist5k"),
     ],
@@ -118,8 +122,8 @@ def split_mnist(*arguments, **environment):
 
 def test_the_command_from_start_to_finish(tmp_path):
     out = tmp_path / "out"
-    common = ["--data", "mnist5k", "--seeds", "2", "--epochs", "1", "--out", str(out)]
-    first = split_mnist(*common)
+    common = ["--data", "mnist5k", "--seeds", "2", "--out", str(out), "--epochs"]
+    first = split_mnist(*common, "3")
     assert first.returncode == 0, first.stderr
     assert first.stderr == "", "no bar where there is no terminal"
     for word in ("si c=1", "fine-tuning", "sgd", "average", "±"):
@@ -130,16 +134,20 @@ def test_the_command_from_start_to_finish(tmp_path):
         "split_mnist.pdf",
     }
     results = (out / "results.json").read_text()
+    runs = json.loads(results)["runs"]
+    mean = {m: np.mean(np.array(run["test"])[:, -1]) for m, run in runs.items()}
+    assert mean["si c=1"] > mean["fine-tuning"] + 0.02
+    assert mean["sgd"] > mean["fine-tuning"] + 0.02
 
-    again = split_mnist(*common)
+    again = split_mnist(*common, "3")
     assert again.returncode == 0, again.stderr
     assert "Finished before" in again.stdout
     assert (out / "results.json").read_text() == results
 
-    other = split_mnist(*common, "--epochs", "2")
+    other = split_mnist(*common, "2")
     assert other.returncode == 1
     assert other.stderr.startswith(f"error: {out} holds the results of another")
-    assert "epochs: 1 there, 2 now" in other.stderr
+    assert "epochs: 3 there, 2 now" in other.stderr
     assert (out / "results.json").read_text() == results
 
 

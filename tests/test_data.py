@@ -75,6 +75,13 @@ def test_data_dir_comes_before_the_environment(fake, tmp_path, monkeypatch):
     assert asked == [tmp_path / "env", tmp_path / "argument"]
 
 
+def test_a_cache_of_other_images_is_refused(fake, tmp_path):
+    colour = Examples(np.zeros((10, 32, 32, 3), np.uint8), fake[0].labels)
+    data._write_cache(tmp_path / "si_jax" / "mnist.npz", (colour, colour))
+    with pytest.raises(data.DataError, match=r"mnist\.npz holds as mnist are"):
+        data.load("mnist", data_dir=tmp_path)
+
+
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "empty", "foreign"])
 def test_a_damaged_cache_is_made_anew(damage, fake, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(data, "_from_tfds", lambda *_: fake)
@@ -113,7 +120,7 @@ def test_a_full_disk_costs_the_cache_only(fake, tmp_path, monkeypatch, caplog):
 def test_other_images_are_not_taken_for_mnist(fake, tmp_path, monkeypatch):
     colour = Examples(np.zeros((10, 32, 32, 3), np.uint8), fake[0].labels)
     monkeypatch.setattr(data, "_from_tfds", lambda *_: (colour, colour))
-    with pytest.raises(data.DataError, match="not mnist"):
+    with pytest.raises(data.DataError, match="holds as mnist are uint8 images"):
         data.load("mnist", data_dir=tmp_path)
 
 
@@ -132,6 +139,14 @@ def test_without_a_network_one_message_within_seconds(name, tmp_path, monkeypatc
     assert time.perf_counter() - start < 10
     assert "TFDS_DATA_DIR" in str(error.value)
     assert ("--data mnist5k" in str(error.value)) == (name == "mnist")
+
+
+def test_a_network_that_swallows_everything_is_given_up_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(data.urllib.request, "urlopen", lambda *_, **__: time.sleep(60))
+    start = time.perf_counter()
+    with pytest.raises(data.DataError, match=r"cannot be reached \(no answer\)"):
+        data.load("mnist", data_dir=tmp_path)
+    assert time.perf_counter() - start < 10
 
 
 @pytest.fixture

@@ -17,9 +17,3 @@ def test_accuracy_by_task_draws_each_task_from_when_it_was_learned():
     for panel in panels:
         assert any(line.get_ydata()[0] == 0.5 for line in panel.lines), "chance line"
     assert [t.get_text() for t in figure.legends[0].get_texts()] == ["a", "b"]
-
-
-def test_standard_error():
-    values = np.array([[1.0, 2.0], [3.0, 2.0], [5.0, 2.0]])
-    np.testing.assert_allclose(figures.standard_error(values), [2 / np.sqrt(3), 0.0])
-    assert figures.standard_error([4.0]) == 0

@@ -26,3 +26,11 @@ def test_by_hand():
     check(metrics.backward_transfer(MATRIX), [(-0.2 - 0.4) / 2, 0.0])
     initial = jnp.array([[0.5, 0.5, 0.4], [0.5, 0.5, 0.5]])
     check(metrics.forward_transfer(MATRIX, initial), [(0.0 + 0.2) / 2, 0.0])
+
+
+def test_standard_error():
+    values = np.array([[1.0, 2.0], [3.0, 2.0], [5.0, 2.0]])
+    np.testing.assert_allclose(
+        metrics.standard_error(values), [2 / np.sqrt(3), 0.0], rtol=1e-6
+    )
+    assert metrics.standard_error([4.0]) == 0

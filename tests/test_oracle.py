@@ -1,5 +1,7 @@
 """Both forms against a float64 NumPy account of what the parameters did."""
 
+import hypothesis
+import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -34,7 +36,7 @@ class Oracle:
         )
         return STRENGTH * sum(jax.tree.leaves(terms))
 
-    def task(self, visited, end):
+    def task(self, visited, end, damping=DAMPING):
         """One task: every (g, θ) visited, and the θ it ended with."""
         params = [self.f64(p) for _, p in visited] + [self.f64(end)]
         omega = jax.tree.map(np.zeros_like, self.reference)
@@ -47,7 +49,7 @@ class Oracle:
                 after,
             )
         total = jax.tree.map(
-            lambda o, w, r, p: o + w / ((p - r) ** 2 + DAMPING),
+            lambda o, w, r, p: o + w / ((p - r) ** 2 + damping),
             self.importance,
             omega,
             self.reference,
@@ -152,19 +154,67 @@ def test_link_sees_scaling_and_projection_after_it():
             assert_close(synapses.importance, oracle.importance, rtol=1e-9)
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=["bf16", "f16"])
 @pytest.mark.parametrize("form", FORMS)
-def test_bfloat16_parameters(form):
+def test_narrow_parameters(form, dtype):
     """Δθ is what the rounded parameters moved; ω does not stall."""
-    params = init(jnp.bfloat16)
+    params = init(dtype)
     tx = FORMS[form](lenient(optax.adam(1e-3)), STRENGTH, DAMPING)
     oracle = Oracle(params)
     for visited, end, opt_state in train(tx, params):
         oracle.task(visited, end)
         synapses = si_jax.synapses(opt_state)
         assert synapses.importance["bias"].dtype == jnp.float32
-        assert synapses.reference["bias"].dtype == jnp.bfloat16
+        assert synapses.reference["bias"].dtype == dtype
         assert_close(synapses.importance, oracle.importance, rtol=1e-4, atol=1e-5)
         assert_close(synapses.reference, oracle.reference, rtol=0)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_subnormal_float16_parameters(form):
+    tx = FORMS[form](optax.sgd(1.0), 0.0, DAMPING)
+    params = jnp.array([5e-6], jnp.float16)
+    opt_state = tx.init(params)
+    grads = jnp.array([2e-6], jnp.float16)
+    updates, opt_state = jax.jit(tx.update)(grads, opt_state, params)
+    after = optax.apply_updates(params, updates)
+    _, opt_state = tx.update(grads, opt_state, after)
+    moved = np.float64(after) - np.float64(params)
+    omega = si_jax.synapses(opt_state).path_integral
+    if form == "link":  # has seen one movement, the wrapper two
+        np.testing.assert_allclose(omega, -np.float64(grads) * moved, rtol=1e-5)
+    assert (omega > 0).all()
+
+
+@hypothesis.settings(deadline=None, max_examples=25, derandomize=True)
+@hypothesis.given(
+    shapes=st.lists(st.sampled_from([(), (1,), (3,), (2, 3)]), min_size=1, max_size=3),
+    steps=st.lists(st.integers(1, 4), min_size=1, max_size=3),
+    strength=st.floats(0, 2),
+    damping=st.floats(1e-3, 10),
+    seed=st.integers(0, 2**16),
+)
+def test_any_tree_any_tasks(shapes, steps, strength, damping, seed):
+    """Both forms and the oracle, on random gradients."""
+    rng = np.random.default_rng(seed)
+    with jax.enable_x64(True):
+        start = [jnp.asarray(rng.normal(size=shape)) for shape in shapes]
+        for form in FORMS.values():
+            tx = form(optax.sgd(0.1, momentum=0.5), strength, damping)
+            params, opt_state, oracle = start, tx.init(start), Oracle(start)
+            noise = np.random.default_rng(seed)
+            for count in steps:
+                visited = []
+                for _ in range(count):
+                    grads = [jnp.asarray(noise.normal(size=shape)) for shape in shapes]
+                    visited.append((grads, params))
+                    updates, opt_state = tx.update(grads, opt_state, params)
+                    params = optax.apply_updates(params, updates)
+                opt_state = si_jax.consolidate(opt_state, params)
+                oracle.task(visited, params, damping)
+                synapses = si_jax.synapses(opt_state)
+                assert_close(synapses.importance, oracle.importance, rtol=1e-8)
+                assert_close(synapses.reference, oracle.reference, rtol=0)
 
 
 @pytest.mark.parametrize("nonnegative", [True, False])

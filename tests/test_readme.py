@@ -32,6 +32,19 @@ def test_split_mnist_table_is_the_record():
     assert table(runs, "test", TITLES) in README
 
 
+def test_split_mnist_record_shows_what_it_must():
+    record = json.loads((ROOT / "experiments/results/split_mnist.json").read_text())
+    assert record["config"]["seeds"] == 10
+    assert record["config"]["data"] == "tfds"
+    for split in ("test", "train"):
+        mean = {
+            method: summary[split]["average_accuracy"]["mean"]
+            for method, summary in record["summary"].items()
+        }
+        assert mean["si c=1"] >= 0.98
+        assert 0.75 <= mean["fine-tuning"] <= 0.90
+
+
 def test_links_lead_somewhere():
     prose = re.sub(r"```.*?```", "", README, flags=re.DOTALL)
     for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", prose):

@@ -7,6 +7,7 @@ import pytest
 
 from experiments.command import Options, UserError
 from experiments.record import Record, summarize, table
+from si_jax import figures
 
 MATRIX = np.array([[[1.0, 0.5], [0.75, 1.0]], [[1.0, 0.5], [0.25, 1.0]]])
 RUN = {"test": MATRIX, "train": MATRIX, "initial": MATRIX[:, 0], "seconds": 1.5}
@@ -40,14 +41,40 @@ def test_another_configuration_is_refused_and_overwrite_is_explicit(tmp_path):
     assert Record("e", Config(out=tmp_path, epochs=4, overwrite=True)).runs == {}
 
 
+def test_results_of_another_configuration_are_refused_without_config_json(tmp_path):
+    Record("e", Config(out=tmp_path)).add("si", RUN)
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(UserError, match="epochs: 3 there, 4 now"):
+        Record("e", Config(out=tmp_path, epochs=4))
+
+
+def test_a_method_finished_under_other_versions_says_so(tmp_path, monkeypatch):
+    record = Record("e", Config(out=tmp_path))
+    record.add("before", RUN)
+    later = {**record.content["versions"], "jax": "99.0"}
+    monkeypatch.setattr("experiments.record.versions", lambda: later)
+    record.add("after", RUN)
+    assert "versions" not in record.runs["before"]
+    assert record.runs["after"]["versions"]["jax"] == "99.0"
+
+
+def test_figures_are_written_as_they_are_styled(tmp_path):
+    figure = figures.heat_map([[1.0]], [1], [1], labels=("a", "b"), title="t")
+    Record("e", Config(out=tmp_path)).save("f", figure)
+    width = int.from_bytes((tmp_path / "f.png").read_bytes()[16:20], "big")
+    assert width == round(figure.get_figwidth() * figures.STYLE["savefig.dpi"])
+
+
 def test_damage_and_unwritable_folders_are_said(tmp_path):
     (tmp_path / "results.json").write_text('{"runs": ')
     with pytest.raises(UserError, match="damaged"):
         Record("e", Config(out=tmp_path))
     Record("e", Config(out=tmp_path, overwrite=True))
     (tmp_path / "results.json").write_text("{}")
-    with pytest.raises(UserError, match="cannot write to --out"):
-        Record("e", Config(out=tmp_path / "results.json" / "sub"))
+    nowhere = tmp_path / "results.json" / "sub"
+    for overwrite in (False, True):
+        with pytest.raises(UserError, match="cannot write to --out"):
+            Record("e", Config(out=nowhere, overwrite=overwrite))
 
 
 def test_rewinding_takes_back_what_will_be_logged_again(tmp_path):

@@ -20,6 +20,8 @@ def test_split_classes_partitions_the_examples():
 def test_split_classes_refuses_what_is_not_there():
     with pytest.raises(ValueError, match=r"no examples of the classes \(8, 9\)"):
         tasks.split_classes(LABELS, [(0, 1), (8, 9)], outputs=10)
+    with pytest.raises(ValueError, match="at least one group"):
+        tasks.split_classes(LABELS, [], outputs=3)
     with pytest.raises(ValueError, match=r"do not fit into 3 outputs"):
         tasks.split_classes(LABELS, [(2, 3)], outputs=3)
 
@@ -33,6 +35,13 @@ def test_shuffle_permutes_the_examples_and_leaves_the_padding_last():
         assert sorted(order[:3].tolist()) == [1, 2, 6]
         seen.add(tuple(order[:3].tolist()))
     assert len(seen) == 6, "every order comes up"
+
+
+def test_shuffle_leaves_the_padding_last_in_double_precision():
+    with jax.enable_x64(True):
+        task = tasks.Task(jnp.arange(30), jnp.int32(20), jnp.ones(2, bool))
+        order = tasks.shuffle(task, jax.random.key(0))
+    assert sorted(order[:20].tolist()) == list(range(20))
 
 
 def test_shuffle_is_uniform():

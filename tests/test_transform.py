@@ -7,7 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
+from flax import serialization
 from problem import FORMS, OPTIMIZERS, grad, init, lenient, train
 
 import si_jax
@@ -106,10 +108,10 @@ def test_consolidating_again_changes_nothing(form):
 
 def test_hyperparameters_are_checked_at_once():
     for make in (si_jax.synaptic_intelligence, lambda **k: FORMS["wrapper"](sgd, **k)):
-        for bad in (-0.1, np.float32(-1), float("nan"), jnp.array(-1.0)):
+        for bad in (-0.1, np.float32(-1), float("nan"), float("inf"), jnp.array(-1.0)):
             with pytest.raises(ValueError, match=r"strength .* must be >= 0"):
                 make(strength=bad)
-        for bad in (0, -1.0, float("nan")):
+        for bad in (0, -1.0, 1e-46, float("nan"), float("inf")):
             with pytest.raises(ValueError, match=r"damping .* must be > 0"):
                 make(damping=bad)
         with pytest.raises(ValueError, match=r"scalar, got shape \(2,\).*vmap"):
@@ -178,6 +180,56 @@ def test_reset_optimizer_refuses_another_optimizer():
 def test_parameters_must_be_real_floats(form, bad):
     with pytest.raises(ValueError, match=r"params\['steps'\] is (int32|complex64)"):
         FORMS[form](sgd).init({"w": jnp.ones(3), "steps": bad})
+
+
+SKIPPING = {
+    "apply_if_finite": lambda: optax.apply_if_finite(optax.sgd(0.1), 3),
+    "zero_nans": lambda: optax.chain(optax.zero_nans(), optax.sgd(0.1)),
+}
+
+
+@pytest.mark.parametrize("skipping", SKIPPING)
+@pytest.mark.parametrize("form", FORMS)
+def test_a_gradient_that_moves_nothing_earns_nothing(form, skipping):
+    """Not even one that is not a number."""
+    tx = FORMS[form](SKIPPING[skipping](), 0.5, 0.1)
+    params = jnp.array([1.0, 2.0])
+    opt_state = tx.init(params)
+    for grads in ([1.0, 1.0], [jnp.nan, 1.0], [1.0, 1.0]):
+        updates, opt_state = tx.update(jnp.array(grads), opt_state, params)
+        params = optax.apply_updates(params, updates)
+    opt_state = si_jax.consolidate(opt_state, params)
+    importance = si_jax.synapses(opt_state).importance
+    moved = params - jnp.array([1.0, 2.0])
+    np.testing.assert_allclose(importance, -moved / (moved**2 + 0.1), rtol=1e-5)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_state_keeps_its_dtypes_whatever_it_is_shown(form):
+    narrow = {"w": jnp.ones(3, jnp.bfloat16)}
+    wide = {"w": jnp.ones(3, jnp.float32)}
+    tx = FORMS[form](lenient(optax.sgd(0.1)))
+    opt_state = tx.init(narrow)
+    dtypes = [x.dtype for x in jax.tree.leaves(opt_state)]
+    _, updated = tx.update(wide, opt_state, wide)
+    for state in (updated, si_jax.consolidate(updated, wide)):
+        assert [x.dtype for x in jax.tree.leaves(state)] == dtypes
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_state_is_saved_and_read_by_flax_and_orbax(form, tmp_path):
+    tx = FORMS[form](OPTIMIZERS["adam"], 0.5, 0.01)
+    ((_, params, opt_state),) = train(tx, init(), tasks=1)
+    fresh = tx.init(init())
+    from_bytes = serialization.from_bytes(fresh, serialization.to_bytes(opt_state))
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "state", opt_state)
+    with ocp.StandardCheckpointer() as checkpointer:
+        from_orbax = checkpointer.restore(tmp_path / "state", fresh)
+    for read in (from_bytes, from_orbax):
+        jax.tree.map(np.testing.assert_array_equal, read, opt_state)
+        read = jax.tree.map(jnp.asarray, read)
+        tx.update(params, si_jax.consolidate(read, params), params)
 
 
 def test_link_follows_parameters_changed_from_outside():
