@@ -26,6 +26,11 @@ def stored(x: ArrayLike) -> jax.Array:
     return wide(jax.lax.optimization_barrier(x))
 
 
+def zeros(x: jax.Array) -> jax.Array:
+    """Zeros that lie where ``x`` lies: under jit, a constant would be on every device."""
+    return jnp.where(x == 0, x, 0)
+
+
 def align(tree: Any, like: optax.Params, name: str) -> Any:
     """The leaves of ``tree``, matched by key path, in the containers of ``like``.
 

@@ -26,7 +26,7 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
-from si_jax.pytrees import align, stored, wide
+from si_jax.pytrees import align, stored, wide, zeros
 
 # The message of optax's own transformations, which do not export it.
 NO_PARAMS_MSG = (
@@ -127,7 +127,7 @@ def _consolidate(state: _State, params: optax.Params) -> _State:
     """Eq. 5 with the old θ̃, then θ̃ ← θ, then ω ← 0."""
     params = align(params, state.synapses.reference, "params")
     if isinstance(state, SynapticIntelligenceState):
-        state = _observe(state, params, jax.tree.map(jnp.zeros_like, state.last_grads))
+        state = _observe(state, params, jax.tree.map(zeros, state.last_grads))
     path_integral, importance, reference = state.synapses
     damping, nonnegative = _scalar(state.damping), _scalar(state.nonnegative)
 
@@ -138,7 +138,7 @@ def _consolidate(state: _State, params: optax.Params) -> _State:
 
     return state._replace(
         synapses=Synapses(
-            path_integral=jax.tree.map(jnp.zeros_like, path_integral),
+            path_integral=jax.tree.map(zeros, path_integral),
             importance=jax.tree.map(leaf, path_integral, importance, reference, params),
             reference=_copy(params, reference),
         )
@@ -538,7 +538,7 @@ def _copy(tree: Any, like: Any) -> Any:
 
 
 def _zeros_wide(params: optax.Params) -> optax.Params:
-    return jax.tree.map(lambda p: jnp.zeros_like(wide(p)), params)
+    return jax.tree.map(lambda p: zeros(wide(p)), params)
 
 
 def _init_synapses(params: optax.Params) -> Synapses:

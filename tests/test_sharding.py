@@ -1,0 +1,137 @@
+"""Models too large for one device: the state lies where its parameters lie."""
+
+import re
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+from problem import FORMS, OPTIMIZERS
+
+import si_jax
+
+if jax.device_count() < 4:
+    pytest.skip("needs four devices", allow_module_level=True)
+
+SPECS = {"in": PartitionSpec(None, "model"), "out": PartitionSpec("model", None)}
+
+
+def init():
+    keys = jax.random.split(jax.random.key(0))
+    return {
+        "in": jax.random.normal(keys[0], (6, 16)) / 3,
+        "out": jax.random.normal(keys[1], (16, 2)) / 4,
+    }
+
+
+def loss(params, x, y):
+    return jnp.mean(jnp.square(jnp.tanh(x @ params["in"]) @ params["out"] - y))
+
+
+def batches():
+    for step in range(12):
+        x = jax.random.normal(jax.random.key(step), (8, 6))
+        yield step, x, jnp.sin(x[:, :2] * (1 + step // 4))
+
+
+def run(tx, params, place=lambda x: x):
+    @jax.jit
+    def step(params, opt_state, x, y):
+        grads = jax.grad(loss)(params, x, y)
+        updates, opt_state = tx.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state
+
+    opt_state = tx.init(params)
+    for i, x, y in batches():
+        params, opt_state = step(params, opt_state, place(x), place(y))
+        if i % 4 == 3:
+            opt_state = jax.jit(si_jax.consolidate)(opt_state, params)
+    return params, opt_state
+
+
+@pytest.fixture
+def mesh():
+    """Two by two: half of the batch and half of the parameters on each device."""
+    auto = (jax.sharding.AxisType.Auto,) * 2
+    return jax.make_mesh((2, 2), ("data", "model"), axis_types=auto)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_sharded_training_keeps_shardings_and_equals_one_device(form, mesh):
+    tx = FORMS[form](OPTIMIZERS["adam"], 0.5, 0.01)
+    shardings = {name: NamedSharding(mesh, spec) for name, spec in SPECS.items()}
+    batch = NamedSharding(mesh, PartitionSpec("data"))
+    params, opt_state = run(
+        tx, jax.device_put(init(), shardings), lambda x: jax.device_put(x, batch)
+    )
+    expected_params, expected_state = run(tx, init())
+    chex.assert_trees_all_close(params, expected_params, rtol=1e-4, atol=1e-6)
+    chex.assert_trees_all_close(
+        si_jax.synapses(opt_state),
+        si_jax.synapses(expected_state),
+        rtol=1e-3,
+        atol=1e-5,
+    )
+    for path, leaf in jax.tree_util.tree_leaves_with_path(opt_state):
+        if leaf.ndim:
+            name = path[-1].key
+            assert leaf.sharding.is_equivalent_to(shardings[name], leaf.ndim), path
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_compiled_initial_states_are_sharded_too(form, mesh):
+    tx = FORMS[form](optax.sgd(0.1))
+    shardings = {name: NamedSharding(mesh, spec) for name, spec in SPECS.items()}
+    opt_state = jax.jit(tx.init)(jax.device_put(init(), shardings))
+    for path, leaf in jax.tree_util.tree_leaves_with_path(opt_state):
+        if leaf.ndim:
+            sharding = shardings[path[-1].key]
+            assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim), path
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_updating_and_consolidating_move_nothing_between_devices(form, mesh):
+    tx = FORMS[form](OPTIMIZERS["adam"], 0.5, 0.01)
+    shardings = {name: NamedSharding(mesh, spec) for name, spec in SPECS.items()}
+    params = jax.device_put(init(), shardings)
+    opt_state = tx.init(params)
+    for program in (
+        jax.jit(tx.update).lower(params, opt_state, params),
+        jax.jit(si_jax.consolidate).lower(opt_state, params),
+    ):
+        text = program.compile().as_text()
+        assert not re.search("all-(gather|reduce|to-all)|collective-permute", text)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_data_parallel_training_by_shard_map(form):
+    """The README's way: every device its part of the batch, gradients averaged."""
+    tx = FORMS[form](OPTIMIZERS["adam"], 0.5, 0.01)
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    def step(params, opt_state, x, y):
+        grads = jax.lax.pmean(jax.grad(loss)(params, x, y), "data")
+        updates, opt_state = tx.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state
+
+    whole, part = PartitionSpec(), PartitionSpec("data")
+    on_all = jax.jit(
+        jax.shard_map(
+            step,
+            mesh=mesh,
+            in_specs=(whole, whole, part, part),
+            out_specs=whole,
+            check_vma=False,
+        )
+    )
+    params, opt_state = init(), tx.init(init())
+    for i, x, y in batches():
+        params, opt_state = on_all(params, opt_state, x, y)
+        if i % 4 == 3:
+            opt_state = si_jax.consolidate(opt_state, params)
+    expected, _ = run(tx, init())
+    for name, value in expected.items():
+        np.testing.assert_allclose(params[name], value, rtol=1e-4, atol=1e-6)
