@@ -24,10 +24,10 @@ Config = TypeVar("Config", bound="Options")
 class Options:
     """What every experiment takes and no result depends on."""
 
-    out: Path = Path("runs/experiment")
-    """Folder for the results; the same command again goes on where it was left."""
+    out: Path | None = None
+    """Folder for the results, by default in runs/. The same command again goes on."""
     overwrite: bool = False
-    """Throw away what --out holds."""
+    """Throw away the results that --out holds."""
     data_dir: Path | None = None
     """TFDS's folder; by default $TFDS_DATA_DIR, else ~/tensorflow_datasets."""
     checkpoint_every: int = 5
@@ -59,7 +59,7 @@ class UserError(Exception):
 def main(config_class: type[Config], name: str, run: Callable[[Config], None]) -> None:
     """Parse the command line and run; a user's mistake ends in a message, no trace."""
     try:
-        config = parse(config_class, CONFIGS / f"{name}.toml", sys.argv[1:])
+        config = parse(config_class, name, sys.argv[1:])
         # On a CPU every core is a device, so that runs go side by side.
         jax.config.update("jax_num_cpu_devices", _cores())
         _join(config)
@@ -67,7 +67,7 @@ def main(config_class: type[Config], name: str, run: Callable[[Config], None]) -
     except (UserError, DataError) as error:
         _end(f"error: {error}")
     except KeyboardInterrupt:
-        _end("interrupted: what was finished is kept, the same command goes on")
+        _end("interrupted; the same command goes on from the last checkpoint")
     except ConnectionError as error:
         _end(
             f"error: another process is gone ({error}).\nStart all of them again with "
@@ -102,13 +102,13 @@ def _end(message: str) -> NoReturn:
     os._exit(1)
 
 
-def parse(config_class: type[Config], default: Path, arguments: list[str]) -> Config:
+def parse(config_class: type[Config], name: str, arguments: list[str]) -> Config:
     """The configuration in ``--config FILE``, and what the command line overrides.
 
     Args:
       config_class: a frozen dataclass; its ``__post_init__`` raises ``ValueError`` for
         values that make no sense.
-      default: the file if there is no ``--config``.
+      name: the experiment's; ``configs/NAME.toml`` is the file without ``--config``.
       arguments: the command line.
 
     Raises:
@@ -117,7 +117,7 @@ def parse(config_class: type[Config], default: Path, arguments: list[str]) -> Co
         tyro's message and status 2.
     """
     flags = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    flags.add_argument("--config", type=Path, default=default)
+    flags.add_argument("--config", type=Path, default=CONFIGS / f"{name}.toml")
     known, overrides = flags.parse_known_args(arguments)
     path = known.config
     try:
@@ -136,8 +136,15 @@ def parse(config_class: type[Config], default: Path, arguments: list[str]) -> Co
         f"{config_class.__doc__}\n\nDefaults come from --config FILE, here {path}."
     )
     words = [word for key, value in entries.items() for word in _flag(key, value)]
-    base = tyro.cli(config_class, args=words, prog=str(path))
-    return tyro.cli(config_class, args=overrides, default=base, description=description)
+    prog = f"python -m experiments.{name}"
+    try:
+        base = tyro.cli(config_class, args=words, prog=prog)
+    except SystemExit:
+        print(f"(in {path})", file=sys.stderr)
+        raise
+    return tyro.cli(
+        config_class, args=overrides, default=base, description=description, prog=prog
+    )
 
 
 def _flag(key: str, value: Any) -> list[str]:

@@ -9,7 +9,7 @@ import numpy as np
 from tqdm import tqdm
 
 from experiments.command import Options
-from experiments.record import Record
+from experiments.record import Record, is_first
 from si_jax import metrics, sweep
 from si_jax.data import Examples
 from si_jax.tasks import Task
@@ -165,6 +165,13 @@ def run(
                 f"task {number + 1}/{count}, accuracy {report.accuracy.mean():.3f}"
                 + _so_far(state.test, position // epochs)
             )
+            if ends and bar.disable and is_first():
+                took = time.perf_counter() - start
+                so_far = _so_far(state.test, number + 1)
+                print(
+                    f"{method}: task {number + 1}/{count}{so_far}, {took:.0f} s",
+                    flush=True,
+                )
     return {
         "test": state.test,
         "train": state.train,

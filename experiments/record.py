@@ -35,14 +35,15 @@ class Record:
     Args:
       experiment: its name.
       config: its configuration.
+      default: the folder in ``runs/EXPERIMENT`` if there is no ``--out``.
 
     Raises:
       UserError: if the folder holds another configuration, is damaged, or cannot be
         written.
     """
 
-    def __init__(self, experiment: str, config: Options):
-        self.folder = config.out
+    def __init__(self, experiment: str, config: Options, default: str = ""):
+        self.folder = config.out or Path("runs") / experiment / default
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             if config.overwrite:
@@ -230,16 +231,23 @@ def _statistics(values: Any) -> dict[str, float]:
 
 
 def table(runs: dict[str, Any], split: str, titles: list[str]) -> str:
-    """A terminal table of the accuracies after the last task, mean ± SEM over seeds."""
+    """A terminal table of the accuracies after the last task: mean ± SEM over seeds.
+
+    A row a task, one for their average and one for :func:`metrics.forgetting`; a column
+    a method.
+    """
 
     def cell(values: Any) -> str:
         values = np.asarray(values, np.float64)
-        return f"{values.mean():.4f} ± {metrics.standard_error(values):.4f}"
+        mean = f"{values.mean():.4f}"
+        if len(values) == 1:
+            return mean
+        return f"{mean} ± {metrics.standard_error(values):.4f}"
 
-    rows = [["", *titles, "average", "forgetting"]]
+    columns = [["", *titles, "average", "forgetting"]]
     for method, run in runs.items():
         matrix = np.asarray(run[split])
-        rows.append(
+        columns.append(
             [
                 method,
                 *(cell(matrix[:, -1, task]) for task in range(matrix.shape[-1])),
@@ -247,13 +255,13 @@ def table(runs: dict[str, Any], split: str, titles: list[str]) -> str:
                 cell(metrics.forgetting(matrix)),
             ]
         )
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    widths = [max(map(len, column)) for column in columns]
     return "\n".join(
         "  ".join(
             word.ljust(width) if i == 0 else word.rjust(width)
             for i, (word, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
+        )
+        for row in zip(*columns, strict=True)
     )
 
 

@@ -3,7 +3,6 @@
 import dataclasses
 import math
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, Literal
 
 import jax
@@ -48,8 +47,6 @@ class Config(command.Options):
     """Start the output layer at zero, as the authors do."""
     reset_optimizer: bool = True
     """Start each task with a fresh optimizer."""
-    out: Path = Path("runs/split_mnist")
-    """Folder for the results; the same command again goes on where it was left."""
 
     def __post_init__(self):
         """Refuse values that make no sense."""
@@ -57,6 +54,8 @@ class Config(command.Options):
             positive=("damping", "learning_rate"),
             at_least_1=("seeds", "epochs", "batch_size"),
         )
+        if min(self.hidden, default=1) < 1:
+            raise ValueError(f"hidden widths must be at least 1, got {self.hidden}")
         for value in (*self.strengths, self.sgd_learning_rate):
             if not 0 <= value < math.inf:
                 raise ValueError(f"strengths and rates must be >= 0, got {value}")
@@ -104,12 +103,12 @@ def make_problem(config: Config) -> driver.Problem:
 
 def run(config: Config) -> None:
     """Run every method that is not finished, then print and draw all of them."""
-    record = Record("split_mnist", config)
+    record = Record("split_mnist", config, default=config.data)
     todo = {k: v for k, v in methods(config).items() if k not in record.runs}
     if todo:
         problem = make_problem(config)
     elif is_first():
-        print(f"Finished before: the results are those in {config.out}.")
+        print(f"Finished before: the results are those in {record.folder}.")
     for name, (inner, strength) in todo.items():
         result = driver.run(
             make_learner(config, inner),
@@ -139,7 +138,7 @@ def report(config: Config, record: Record) -> None:
         )
         print(table(record.runs, split, TITLES))
     seconds = ", ".join(f"{k} {v['seconds']:.0f} s" for k, v in record.runs.items())
-    print(f"\nTook {seconds}. Everything is in {config.out}.")
+    print(f"\nTook {seconds}. Everything is in {record.folder}.")
     record.save("split_mnist", figure(record.runs, name, config.seeds))
 
 

@@ -3,7 +3,6 @@
 import dataclasses
 import itertools
 import json
-from pathlib import Path
 
 import numpy as np
 import optax
@@ -34,8 +33,6 @@ class Config(split_mnist.Config):
     """The values of ξ (eq. 5)."""
     held_out: float = 1 / 6
     """The fraction of the training set to choose on."""
-    out: Path = Path("runs/sweep")
-    """Folder for the results; the same command again goes on where it was left."""
 
     def __post_init__(self):
         """Refuse values that make no sense."""
@@ -70,7 +67,7 @@ def choose(accuracy: np.ndarray) -> tuple[int, int]:
 
 def run(config: Config) -> None:
     """Run the grid, choose, and run the choice; what is finished is not repeated."""
-    record = Record("sweep", config)
+    record = Record("sweep", config, default=config.data)
     problem = split_mnist.make_problem(config)
     make_learner = split_mnist.make_learner(config, optax.adam(config.learning_rate))
 
@@ -126,7 +123,7 @@ def report(
     )
     print(table({choice: record.runs[choice]}, "test", split_mnist.TITLES))
     record.save("sweep", figure(accuracy, best, config))
-    path = config.out / "chosen.toml"
+    path = record.folder / "chosen.toml"
     path.write_text(chosen_config(config, strength, damping))
     print(f"\nRun it with: python -m experiments.split_mnist --config {path}")
 

@@ -154,7 +154,13 @@ def _from_tfds(name: str, folder: Path) -> tuple[Examples, Examples]:
         except Exception as error:  # TensorFlow's, TFDS's and the network's own
             raise DataError(f"TFDS could not prepare {name}: {error}") from error
     if builder.info.file_format.value == "array_record":
-        return _decode(builder, "train"), _decode(builder, "test")
+        try:
+            return _decode(builder, "train"), _decode(builder, "test")
+        except Exception as error:  # the storage's own
+            raise DataError(
+                f"{builder.data_dir} is damaged: {error}\nRemove it and prepare it "
+                "again; without it, the data is downloaded."
+            ) from error
     if has_tensorflow:
         import tensorflow as tf
 
@@ -237,7 +243,8 @@ def _probe(name: str, folder: Path) -> None:
             f"{name} is not in {folder}, and {urllib.parse.urlsplit(base).netloc} "
             f"cannot be reached ({problem}). Either\n"
             f"{embedded}"
-            f"- name a folder where TFDS has prepared it: --data-dir or TFDS_DATA_DIR\n"
+            f"- name the folder in which TFDS has prepared {name}/: --data-dir or "
+            f"TFDS_DATA_DIR\n"
             f"- or run once with a network; the data is kept in that folder."
         )
 

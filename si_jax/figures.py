@@ -1,5 +1,6 @@
 """The paper's figures. Each function returns a Matplotlib figure of its data."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -95,22 +96,25 @@ def accuracy_by_task(
     """
     count = len(titles)
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(1.4 * (count + 1) + 0.3, 2.5), layout="constrained")
+        figure = Figure(figsize=(1.4 * (count + 1) + 0.3, 2.7), layout="constrained")
         panels = figure.subplots(1, count + 1, sharex=True, sharey=True)
         after = np.arange(1, count + 1)
         lowest = chance
-        for name, values in matrices.items():
+        for (name, values), marker in zip(
+            matrices.items(), itertools.cycle("os^Dv"), strict=False
+        ):
             matrix = np.asarray(values)
             so_far = np.asarray(metrics.average_accuracy_so_far(matrix))
             curves = [(k, matrix[:, k:, k]) for k in range(count)] + [(0, so_far)]
             for panel, (first, curve) in zip(panels, curves, strict=True):
-                lowest = min(lowest, curve.mean(0).min())
+                error = metrics.standard_error(curve)
+                lowest = min(lowest, float((curve.mean(0) - error).min()))
                 panel.errorbar(
                     after[first:],
                     curve.mean(0),
-                    metrics.standard_error(curve),
+                    error,
                     label=name,
-                    marker="o",
+                    marker=marker,
                     markersize=3,
                     capsize=2,
                 )
@@ -118,17 +122,17 @@ def accuracy_by_task(
             panel.axhline(chance, color="0.6", linestyle=":", linewidth=1, zorder=0)
             panel.set_title(title)
             panel.set_xticks(after)
+            panel.set_xlabel("Tasks learned")
         panels[0].set_ylim(lowest - 0.05, 1.02)
         panels[0].set_ylabel("Accuracy")
         panels[0].annotate(
             "chance", (1, chance), (0, 2), textcoords="offset points", color="0.4"
         )
-        figure.supxlabel("Tasks learned", fontsize=STYLE["font.size"])
         figure.suptitle(suptitle or "", fontsize=STYLE["font.size"])
         figure.legend(
             *panels[0].get_legend_handles_labels(),
-            loc="outside lower right",
-            ncols=len(matrices),
+            loc="outside lower center",
+            ncols=min(len(matrices), 5),
             frameon=False,
         )
     return figure

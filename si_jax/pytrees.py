@@ -7,6 +7,12 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
+_HINT = (
+    "Pass the tree that init got: of a TrainState its params, of an nnx model "
+    "nnx.state(model, nnx.Param), of an Equinox module "
+    "eqx.filter(module, eqx.is_inexact_array)."
+)
+
 
 def wide(x: ArrayLike) -> jax.Array:
     """``x`` in float32 at least: sums of small steps stall in narrower types."""
@@ -27,7 +33,7 @@ def stored(x: ArrayLike) -> jax.Array:
 
 
 def zeros(x: jax.Array) -> jax.Array:
-    """Zeros that lie where ``x`` lies: under jit, a constant would be on every device."""
+    """Zeros that lie where ``x`` lies; under jit, a constant lies on every device."""
     return jnp.where(x == 0, x, 0)
 
 
@@ -47,7 +53,9 @@ def align(tree: Any, like: optax.Params, name: str) -> Any:
         if _is_masked(slot):
             aligned.append(slot)
         elif path not in leaves:
-            raise ValueError(f"{where} is missing: Synaptic Intelligence tracks it.")
+            raise ValueError(
+                f"{where} is missing: Synaptic Intelligence tracks it. {_HINT}"
+            )
         else:
             leaf = leaves.pop(path)
             if jnp.shape(leaf) != jnp.shape(slot):
@@ -62,7 +70,7 @@ def align(tree: Any, like: optax.Params, name: str) -> Any:
         where = f"{name}{jax.tree_util.keystr(path)}"
         raise ValueError(
             f"{where} is unknown: the state of Synaptic Intelligence was made for "
-            "parameters without it."
+            f"parameters without it. {_HINT}"
         )
     return jax.tree.unflatten(treedef, aligned)
 

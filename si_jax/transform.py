@@ -235,7 +235,7 @@ def synaptic_intelligence(
         return SynapticIntelligenceState(
             synapses,
             *_hyperparameters(strength, damping, nonnegative),
-            last_params=jax.tree.map(jnp.array, params),
+            last_params=_copy(params, params),
             last_grads=_zeros_wide(params),
         )
 
@@ -308,6 +308,8 @@ def with_synaptic_intelligence(
       Zenke, Poole & Ganguli, `Continual Learning Through Synaptic Intelligence
       <https://arxiv.org/abs/1703.04200>`_, ICML 2017
     """
+    if not hasattr(inner, "update"):
+        raise ValueError(f"inner must be an optimizer, got {inner!r}.")
     _check_hyperparameters(strength, damping)
     inner = optax.with_extra_args_support(inner)
 
@@ -534,7 +536,7 @@ def synapses(opt_state: optax.OptState) -> Synapses:
 
 def _copy(tree: Any, like: Any) -> Any:
     """A copy in the dtypes of ``like``: neither may donate the other's buffer."""
-    return jax.tree.map(lambda x, old: jnp.array(x, old.dtype), tree, like)
+    return jax.tree.map(lambda x, old: jnp.array(x, jnp.result_type(old)), tree, like)
 
 
 def _zeros_wide(params: optax.Params) -> optax.Params:
@@ -552,8 +554,7 @@ def _init_synapses(params: optax.Params) -> Synapses:
     return Synapses(
         path_integral=_zeros_wide(params),
         importance=_zeros_wide(params),
-        # A copy: neither may donate the other's buffer.
-        reference=jax.tree.map(jnp.array, params),
+        reference=_copy(params, params),
     )
 
 
@@ -574,6 +575,11 @@ def _hyperparameters(
 
 def _check_hyperparameters(strength: Any, damping: Any) -> None:
     for name, value in (("strength", strength), ("damping", damping)):
+        if isinstance(value, optax.GradientTransformation):
+            raise ValueError(
+                f"{name} must be a number, not an optimizer; to wrap one, use "
+                "with_synaptic_intelligence, or put this link before it in a chain."
+            )
         if callable(value):
             raise ValueError(
                 f"{name} must be a number, not a function; to schedule it, wrap the "

@@ -14,25 +14,26 @@ from experiments import command
 from experiments.command import CONFIGS, UserError, parse
 from experiments.split_mnist import Config
 
-DEFAULT = CONFIGS / "split_mnist.toml"
 ROOT = Path(__file__).parent.parent
 
 
 def test_the_file_gives_defaults_and_the_command_line_overrides(tmp_path):
     file = tmp_path / "own.toml"
     file.write_text("epochs = 3\nstrengths = [0.5]\nreset_optimizer = false\n")
-    config = parse(Config, DEFAULT, ["--config", str(file), "--epochs", "4"])
+    config = parse(Config, "split_mnist", ["--config", str(file), "--epochs", "4"])
     assert config == Config(epochs=4, strengths=(0.5,), reset_optimizer=False)
-    assert parse(Config, file, ["--strengths", "0", "1"]).strengths == (0.0, 1.0)
+    assert parse(
+        Config, "split_mnist", ["--config", str(file), "--strengths", "0", "1"]
+    ).strengths == (0.0, 1.0)
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("split_mnist*.toml")))
 def test_shipped_configurations_are_valid(path):
-    assert isinstance(parse(Config, path, []), Config)
+    assert isinstance(parse(Config, "split_mnist", ["--config", str(path)]), Config)
 
 
 def test_the_default_file_says_what_the_dataclass_says():
-    assert parse(Config, DEFAULT, []) == Config()
+    assert parse(Config, "split_mnist", []) == Config()
 
 
 @pytest.mark.parametrize(
@@ -47,13 +48,13 @@ def test_mistakes_in_the_file(content, message, tmp_path):
     file = tmp_path / "own.toml"
     file.write_text(content)
     with pytest.raises(UserError) as error:
-        parse(Config, file, [])
+        parse(Config, "split_mnist", ["--config", str(file)])
     assert message in str(error.value)
 
 
 def test_a_missing_file_is_named():
     with pytest.raises(UserError, match=r"cannot read .*nowhere\.toml"):
-        parse(Config, DEFAULT, ["--config", "nowhere.toml"])
+        parse(Config, "split_mnist", ["--config", "nowhere.toml"])
 
 
 @pytest.mark.parametrize(
@@ -63,6 +64,7 @@ def test_a_missing_file_is_named():
         ("damping = 0.0", [], "damping must be > 0, got 0.0"),
         ("", ["--strengths", "-1"], "strengths and rates must be >= 0, got -1.0"),
         ("seeds = 0", [], "seeds must be at least 1, got 0"),
+        ("hidden = [8, 0]", [], "hidden widths must be at least 1"),
         ("", ["--epochs", "many"], "--epochs"),
         ("", ["--strengths", "0.1", "0.10000001"], "must be several and differ"),
         ("strengths = []", [], "must be several and differ"),
@@ -76,14 +78,14 @@ def test_values_and_flags_that_make_no_sense_end_with_status_2(
     file = tmp_path / "own.toml"
     file.write_text(content)
     with pytest.raises(SystemExit) as end:
-        parse(Config, file, arguments)
+        parse(Config, "split_mnist", ["--config", str(file), *arguments])
     assert end.value.code == 2
     assert message in "".join(capsys.readouterr())
 
 
 def test_help_names_the_file_and_every_option(capsys):
     with pytest.raises(SystemExit) as end:
-        parse(Config, DEFAULT, ["--help"])
+        parse(Config, "split_mnist", ["--help"])
     assert end.value.code == 0
     text = capsys.readouterr().out
     assert "--config FILE" in text
@@ -126,7 +128,14 @@ def test_the_command_from_start_to_finish(tmp_path):
     first = split_mnist(*common, "3")
     assert first.returncode == 0, first.stderr
     assert first.stderr == "", "no bar where there is no terminal"
-    for word in ("si c=1", "fine-tuning", "sgd", "average", "±"):
+    for word in (
+        "si c=1: task 5/5, tasks so far 0.",
+        "si c=1",
+        "fine-tuning",
+        "sgd",
+        "average",
+        "±",
+    ):
         assert word in first.stdout
     files = {"config.json", "results.json", "metrics.jsonl", "checkpoints"}
     assert {p.name for p in out.iterdir()} == files | {

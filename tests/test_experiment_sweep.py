@@ -32,7 +32,7 @@ def test_the_choice_is_a_configuration_that_runs(tmp_path):
     config = sweep.Config(data="mnist5k", epochs=3, hidden=(8,))
     file = tmp_path / "chosen.toml"
     file.write_text(sweep.chosen_config(config, 0.3, 1e-4))
-    chosen = command.parse(split_mnist.Config, file, [])
+    chosen = command.parse(split_mnist.Config, "split_mnist", ["--config", str(file)])
     assert chosen == split_mnist.Config(
         data="mnist5k",
         seeds=5,

@@ -118,6 +118,10 @@ def test_hyperparameters_are_checked_at_once():
             make(strength=jnp.ones(2))
         with pytest.raises(ValueError, match="inject_hyperparams"):
             make(damping=optax.constant_schedule(0.1))
+    with pytest.raises(ValueError, match="not an optimizer; to wrap one"):
+        si_jax.synaptic_intelligence(sgd, 0.1)
+    with pytest.raises(ValueError, match=r"inner must be an optimizer, got 0\.1"):
+        si_jax.with_synaptic_intelligence(0.1, 0.1)
 
 
 sgd = optax.sgd(0.1)

@@ -1,0 +1,93 @@
+"""Runs per second against their number: ``python -m experiments.benchmark_sweep``."""
+
+import dataclasses
+import json
+import time
+from typing import Literal
+
+import jax
+import numpy as np
+import optax
+
+from experiments import command, split_mnist
+from experiments.record import versions
+from si_jax import sweep
+from si_jax.train import train
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(command.Options):
+    """Whole runs of split MNIST per second, by how many are in one program.
+
+    One after another on each device, or side by side (vmap). Compilation is left out;
+    the ways take turns, and the median of the repetitions counts.
+    """
+
+    data: Literal["tfds", "mnist5k"] = "mnist5k"
+    """The digits to train on."""
+    runs: tuple[int, ...] = (1, 2, 4, 8, 16)
+    """Numbers of runs in one program."""
+    epochs: int = 5
+    """Passes over each of the five tasks."""
+    repetitions: int = 3
+    """Timings of each."""
+
+    def __post_init__(self):
+        """Refuse values that make no sense."""
+        self.check(positive=(), at_least_1=("epochs", "repetitions"))
+        if not self.runs or min(self.runs) < 1:
+            raise ValueError(f"runs must be at least 1, got {self.runs}")
+
+
+def run(config: Config) -> None:
+    """Time every number of runs in both ways; print a table, write JSON into --out."""
+    setting = split_mnist.Config(data=config.data, data_dir=config.data_dir)
+    problem = split_mnist.make_problem(setting)
+    adam = optax.adam(setting.learning_rate)
+    make_learner = split_mnist.make_learner(setting, adam)
+
+    def one_run(seed, strength, shared):
+        learner = make_learner(strength=strength, damping=setting.damping)
+        return train(learner, jax.random.key(seed), *shared, epochs=config.epochs)
+
+    programs = {}
+    for count in config.runs:
+        mesh = sweep.mesh(count)
+        arguments = (
+            *sweep.spread((np.arange(count), np.ones(count, np.float32)), mesh),
+            sweep.replicate(tuple(problem), mesh),
+        )
+        for way, parallel in (("one after another", 1), ("side by side", count)):
+            program = sweep.over_runs(one_run, mesh, mapped=2, max_parallel=parallel)
+            jax.block_until_ready(program(*arguments))
+            programs[way, count] = program, arguments
+    seconds: dict[tuple[str, int], list[float]] = {key: [] for key in programs}
+    for _ in range(config.repetitions):
+        for key, (program, arguments) in programs.items():
+            start = time.perf_counter()
+            jax.block_until_ready(program(*arguments))
+            seconds[key].append(time.perf_counter() - start)
+
+    rate = {key: key[1] / float(np.median(times)) for key, times in seconds.items()}
+    ways = ("one after another", "side by side")
+    print(
+        f"{'runs':>6}" + "".join(f"{way:>20}" for way in ways) + "   (runs per second)"
+    )
+    for count in config.runs:
+        print(f"{count:6d}" + "".join(f"{rate[way, count]:20.3f}" for way in ways))
+    if config.out is not None:
+        config.out.mkdir(parents=True, exist_ok=True)
+        content = {
+            "experiment": "benchmark_sweep",
+            "config": {"data": config.data, "epochs": config.epochs},
+            "versions": versions(),
+            "seconds": {
+                way: {str(n): seconds[way, n] for n in config.runs} for way in ways
+            },
+        }
+        path = config.out / "benchmark_sweep.json"
+        path.write_text(json.dumps(content, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    command.main(Config, "benchmark_sweep", run)
