@@ -1,7 +1,6 @@
 """Runs per second against their number: ``python -m experiments.benchmark_sweep``."""
 
 import dataclasses
-import json
 import time
 from typing import Literal
 
@@ -10,9 +9,11 @@ import numpy as np
 import optax
 
 from experiments import command, split_mnist
-from experiments.record import versions
+from experiments.record import readable, versions
 from si_jax import sweep
 from si_jax.train import train
+
+WAYS = ("one after another", "side by side")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,36 +58,37 @@ def run(config: Config) -> None:
             *sweep.spread((np.arange(count), np.ones(count, np.float32)), mesh),
             sweep.replicate(tuple(problem), mesh),
         )
-        for way, parallel in (("one after another", 1), ("side by side", count)):
+        for way, parallel in zip(WAYS, (1, count), strict=True):
             program = sweep.over_runs(one_run, mesh, mapped=2, max_parallel=parallel)
             jax.block_until_ready(program(*arguments))
             programs[way, count] = program, arguments
-    seconds: dict[tuple[str, int], list[float]] = {key: [] for key in programs}
+    seconds: dict[str, dict[str, list[float]]] = {way: {} for way in WAYS}
     for _ in range(config.repetitions):
-        for key, (program, arguments) in programs.items():
+        for (way, count), (program, arguments) in programs.items():
             start = time.perf_counter()
             jax.block_until_ready(program(*arguments))
-            seconds[key].append(time.perf_counter() - start)
-
-    rate = {key: key[1] / float(np.median(times)) for key, times in seconds.items()}
-    ways = ("one after another", "side by side")
-    print(
-        f"{'runs':>6}" + "".join(f"{way:>20}" for way in ways) + "   (runs per second)"
-    )
-    for count in config.runs:
-        print(f"{count:6d}" + "".join(f"{rate[way, count]:20.3f}" for way in ways))
+            took = time.perf_counter() - start
+            seconds[way].setdefault(str(count), []).append(round(took, 4))
+    print(table(seconds))
     if config.out is not None:
         config.out.mkdir(parents=True, exist_ok=True)
         content = {
             "experiment": "benchmark_sweep",
             "config": {"data": config.data, "epochs": config.epochs},
             "versions": versions(),
-            "seconds": {
-                way: {str(n): seconds[way, n] for n in config.runs} for way in ways
-            },
+            "seconds": seconds,
         }
         path = config.out / "benchmark_sweep.json"
-        path.write_text(json.dumps(content, indent=1) + "\n")
+        path.write_text(readable(content))
+
+
+def table(seconds: dict[str, dict[str, list[float]]]) -> str:
+    """Runs per second, by the median: a row a number of runs, a column a way."""
+    rows = [f"{'runs':<8}" + "".join(f"{way:>20}" for way in WAYS)]
+    for count in seconds[WAYS[0]]:
+        rates = [int(count) / float(np.median(seconds[way][count])) for way in WAYS]
+        rows.append(f"{count:<8}" + "".join(f"{rate:20.2f}" for rate in rates))
+    return "\n".join(rows)
 
 
 if __name__ == "__main__":

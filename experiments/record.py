@@ -155,7 +155,7 @@ class Record:
             )
 
     def _write(self, name: str, content: dict[str, Any]) -> None:
-        self._replace(self.folder / name, _readable(content))
+        self._replace(self.folder / name, readable(content))
 
     def _replace(self, path: Path, text: str) -> None:
         """Whole or not at all."""
@@ -265,7 +265,7 @@ def table(runs: dict[str, Any], split: str, titles: list[str]) -> str:
     )
 
 
-def _readable(content: dict[str, Any]) -> str:
+def readable(content: dict[str, Any]) -> str:
     """Indented JSON, with a line for each row of numbers instead of each number."""
     text = json.dumps(content, indent=1)
     rows = r"\[\s*([^\[\]{}]*?)\s*\]"

@@ -117,7 +117,7 @@ def report(
     strength, damping = config.strengths[best[0]], config.dampings[best[1]]
     name = split_mnist.NAMES[config.data]
     print(f"\nSplit {name}: held-out accuracy after all tasks, mean of {config.seeds}")
-    print(_grid_table(accuracy.mean(axis=0), config))
+    print(grid_table(accuracy.mean(axis=0), config))
     print(
         f"\nThe best: c = {strength:g}, ξ = {damping:g}. On the test set, fresh seeds:"
     )
@@ -152,7 +152,8 @@ def figure(accuracy: np.ndarray, best: tuple[int, int], config: Config) -> Figur
     )
 
 
-def _grid_table(mean: np.ndarray, config: Config) -> str:
+def grid_table(mean: np.ndarray, config: Config) -> str:
+    """The grid's mean accuracies: a row a strength, a column a damping."""
     head = "c \\ ξ".ljust(8) + "".join(f"{x:>10g}" for x in config.dampings)
     rows = [
         f"{c:<8g}" + "".join(f"{x:10.4f}" for x in row)

@@ -7,10 +7,13 @@ import re
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 
+from experiments import benchmark_sweep, sweep
 from experiments.record import table
 from experiments.split_mnist import TITLES
+from si_jax.metrics import average_accuracy
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -25,21 +28,36 @@ def test_code_prints_what_it_says(code):
     assert printed.getvalue().splitlines() == expected
 
 
-def test_split_mnist_table_is_the_record():
-    runs = json.loads((ROOT / "experiments/results/split_mnist.json").read_text())[
-        "runs"
-    ]
+def record(name):
+    return json.loads((ROOT / f"experiments/results/{name}.json").read_text())
+
+
+def test_numbers_are_the_records():
+    runs = record("split_mnist")["runs"]
     assert table(runs, "test", TITLES) in README
+    assert table(runs, "train", TITLES) in README
+    assert f"in {sum(run['seconds'] for run in runs.values()):.0f} s on" in README
+
+    grid = record("sweep")
+    accuracy = average_accuracy(np.array(grid["runs"]["grid"]["test"]))
+    config = sweep.Config()
+    shape = (config.seeds, len(config.strengths), len(config.dampings))
+    assert sweep.grid_table(accuracy.reshape(shape).mean(0), config) in README
+    (choice,) = set(grid["summary"]) - {"grid"}
+    fresh = grid["summary"][choice]["test"]["average_accuracy"]
+    assert f"{fresh['mean']:.4f} ± {fresh['sem']:.4f}" in README
+
+    assert benchmark_sweep.table(record("benchmark_sweep")["seconds"]) in README
 
 
 def test_split_mnist_record_shows_what_it_must():
-    record = json.loads((ROOT / "experiments/results/split_mnist.json").read_text())
-    assert record["config"]["seeds"] == 10
-    assert record["config"]["data"] == "tfds"
+    shown = record("split_mnist")
+    assert shown["config"]["seeds"] == 10
+    assert shown["config"]["data"] == "tfds"
     for split in ("test", "train"):
         mean = {
             method: summary[split]["average_accuracy"]["mean"]
-            for method, summary in record["summary"].items()
+            for method, summary in shown["summary"].items()
         }
         assert mean["si c=1"] >= 0.98
         assert 0.75 <= mean["fine-tuning"] <= 0.90
