@@ -597,7 +597,9 @@ def _check_hyperparameters(strength: Any, damping: Any) -> None:
         for value in (strength, damping)
     )
     if c is not None and not 0 <= c < np.inf:
-        raise ValueError(f"strength (c of eq. 4) must be >= 0 and finite, got {strength}.")
+        raise ValueError(
+            f"strength (c of eq. 4) must be >= 0 and finite, got {strength}."
+        )
     if xi is not None and not 0 < xi < np.inf:
         raise ValueError(f"damping (ξ of eq. 5) must be > 0 and finite, got {damping}.")
 
