@@ -105,9 +105,9 @@ def test_interrupted_and_its_newest_checkpoint_damaged(command, through, tmp_pat
     assert process.returncode == 1
     assert errors.splitlines()[-1].startswith("interrupted")
     assert "Traceback" not in errors
-    checkpoints = tmp_path / "checkpoints" / "si-c-1"
-    newest = max((p for p in checkpoints.iterdir() if p.name.isdigit()), key=str)
-    shutil.rmtree(newest / "default")
+    checkpoints = tmp_path / "checkpoints" / "si-c=1"
+    newest = max(int(p.name) for p in checkpoints.iterdir() if p.name.isdigit())
+    shutil.rmtree(checkpoints / str(newest) / "default")
     process = command(tmp_path)
     _, errors = process.communicate()
     assert process.returncode == 0, errors
@@ -165,6 +165,7 @@ def test_two_processes_share_the_runs_and_survive_the_loss_of_one(command, tmp_p
     processes = two_processes(command, out, free_port(), *more)
     outputs = [process.communicate(timeout=300) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
-    assert outputs[1][0] == "", "one of them reports"
+    said = [x for x in outputs[1][0].splitlines() if not x.startswith("[Gloo]")]
+    assert said == [], "one of them reports"
     assert accuracies(out) == accuracies(tmp_path / "alone")
     assert logged(out) == logged(tmp_path / "alone")
