@@ -82,13 +82,15 @@ def run(
     mesh = sweep.mesh(len(seeds))
     missing = -len(seeds) % mesh.size  # made up by repeating the last run
 
-    def one_per_run(values, dtype):
-        values = np.asarray(values, dtype)
-        return sweep.spread(np.append(values, values[-1:].repeat(missing)), mesh)
+    def to_devices(tree):
+        def pad(x):
+            return np.concatenate([x, x[-1:].repeat(missing, axis=0)])
 
-    def measured(results):
-        """On the host, without what was made up."""
-        return jax.tree.map(lambda x: x[: len(seeds)], sweep.gather(results))
+        return sweep.spread(jax.tree.map(pad, tree), mesh)
+
+    def to_host(tree):
+        """Without what was made up, so that a checkpoint fits any number of devices."""
+        return jax.tree.map(lambda x: x[: len(seeds)], sweep.gather(tree))
 
     def compiled(piece, mapped, donate=False):
         def of_one_run(*arguments):
@@ -114,20 +116,24 @@ def run(
     finish = compiled(lambda learner, carry: learner.finish(carry), 2, donate=True)
     evaluate = compiled(lambda learner, carry, *rest: learner.evaluate(carry, *rest), 2)
 
-    own = one_per_run(seeds, np.uint32)
-    values = {k: one_per_run(v, np.float32) for k, v in hyperparameters.items()}
+    own = to_devices(np.asarray(seeds, np.uint32))
+    values = to_devices(
+        {name: np.asarray(v, np.float32) for name, v in hyperparameters.items()}
+    )
     train, test, train_tasks, test_tasks = sweep.replicate(problem, mesh)
     count = len(problem.train_tasks.size)
     total = count * epochs
 
     start = time.perf_counter()
     carry = init(own, values)
-    initial = measured(evaluate(carry, values, test, test_tasks))
+    initial = to_host(evaluate(carry, values, test, test_tasks))
     nothing = np.full((len(seeds), count, count), np.nan, np.float32)
-    state = State(carry, nothing, nothing.copy(), initial, np.zeros((), np.float32))
+    none = np.zeros((), np.float32)
+    state = State(to_host(carry), nothing, nothing.copy(), initial, none)
     checkpoints = record.checkpoints(method)
     position, state = checkpoints.restore(state) or (0, state)
-    state = State(state.carry, *map(np.array, state[1:]))  # writable
+    carry, *rest = state
+    state = State(to_devices(carry), *map(np.array, rest))  # writable
     record.rewind(method, position)
     start -= float(state.seconds)
 
@@ -143,7 +149,7 @@ def run(
             carry, report = epoch(
                 state.carry, own, values, train, train_tasks, number, i
             )
-            state, report = state._replace(carry=carry), measured(report)
+            state, report = state._replace(carry=carry), to_host(report)
             log = {"task": number, "epoch": i, **report._asdict()}
             record.log(method=method, position=position, **log)
             position += 1
@@ -155,11 +161,11 @@ def run(
                     (state.train, train, train_tasks),
                 ):
                     accuracy = evaluate(state.carry, values, examples, tasks)
-                    rows[:, number] = measured(accuracy)
+                    rows[:, number] = to_host(accuracy)
             if ends or position % options.checkpoint_every == 0:
                 seconds = np.asarray(time.perf_counter() - start, np.float32)
                 state = state._replace(seconds=seconds)
-                checkpoints.save(position, state)
+                checkpoints.save(position, state._replace(carry=to_host(state.carry)))
             bar.update()
             bar.set_postfix_str(
                 f"task {number + 1}/{count}, accuracy {report.accuracy.mean():.3f}"

@@ -115,6 +115,29 @@ def test_interrupted_and_its_newest_checkpoint_damaged(command, through, tmp_pat
     assert accuracies(tmp_path) == accuracies(through)
 
 
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="cannot take a core")
+def test_resuming_on_another_number_of_devices(command, tmp_path):
+    """Three runs are four on two devices, one of them padding, and three on one."""
+    more = ["--seeds", "3", "--strengths", "1", "--sgd-learning-rate", "0"]
+    process = command(tmp_path, *more)
+    while progress(tmp_path) < 7:
+        time.sleep(0.005)
+    process.kill()
+    process.communicate()
+    before = logged(tmp_path)[:4]
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(cores)})
+    try:
+        process = command(tmp_path, *more)
+    finally:
+        os.sched_setaffinity(0, cores)
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors
+    assert "damaged" not in errors
+    assert logged(tmp_path)[:4] == before, "it did not start again"
+    assert np.shape(accuracies(tmp_path)["si c=1"]["test"]) == (3, 5, 5)
+
+
 def test_another_configuration_is_refused_before_anything_is_finished(
     command, tmp_path
 ):
