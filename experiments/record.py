@@ -1,5 +1,6 @@
 """What an experiment leaves behind: its configuration, versions and accuracies."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -7,6 +8,7 @@ import platform
 import re
 import shutil
 import subprocess
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -58,7 +60,7 @@ class Record:
         started = self._read("config.json")
         if started is None:
             started = {**head, "versions": versions()}
-            self._write("config.json", started)
+            self.write("config.json", readable(started))
         self._refuse_another(started, head)
         finished = self._read("results.json") or {"runs": {}, "summary": {}}
         self._refuse_another({**head, **finished}, head)
@@ -78,7 +80,7 @@ class Record:
         if (now := versions()) != self.content["versions"]:
             self.runs[method]["versions"] = now
         self.content["summary"][method] = _jsonable(summary or summarize(run))
-        self._write("results.json", self.content)
+        self.write("results.json", readable(self.content))
 
     def checkpoints(self, method: str) -> Checkpoints:
         """The checkpoints of a method that is under way."""
@@ -88,8 +90,9 @@ class Record:
 
     def log(self, **entry: Any) -> None:
         """Append a line to ``metrics.jsonl``."""
+        path = self.folder / "metrics.jsonl"
         if is_first():
-            with (self.folder / "metrics.jsonl").open("a") as file:
+            with _said(path), path.open("a") as file:
                 file.write(json.dumps(_jsonable(entry)) + "\n")
 
     def rewind(self, method: str, position: int) -> None:
@@ -106,16 +109,14 @@ class Record:
             return entry["method"] != method or entry["position"] < position
 
         lines = filter(stays, path.read_text().splitlines())
-        self._replace(path, "".join(line + "\n" for line in lines))
+        self.write(path.name, "".join(line + "\n" for line in lines))
 
     def save(self, name: str, figure: Figure) -> None:
         """Write a figure as PNG and PDF."""
         for suffix in ("png", "pdf") if is_first() else ():
-            try:
-                with matplotlib.rc_context(STYLE):
-                    figure.savefig(self.folder / f"{name}.{suffix}")
-            except OSError as error:
-                raise UserError(f"cannot write the figure: {error}") from error
+            path = self.folder / f"{name}.{suffix}"
+            with _said(path), matplotlib.rc_context(STYLE):
+                figure.savefig(path)
 
     def _clear(self) -> None:
         if is_first():
@@ -154,22 +155,26 @@ class Record:
                 f"({difference}). Choose another --out, or --overwrite."
             )
 
-    def _write(self, name: str, content: dict[str, Any]) -> None:
-        self._replace(self.folder / name, readable(content))
-
-    def _replace(self, path: Path, text: str) -> None:
-        """Whole or not at all."""
-        if not is_first():
-            return
+    def write(self, name: str, text: str) -> None:
+        """Write a file of the folder, whole or not at all."""
+        path = self.folder / name
         part = path.with_suffix(".part")
-        try:
-            part.write_text(text)
-            part.replace(path)
-        except OSError as error:
-            raise UserError(
-                f"cannot write {path}: {error}. Make room and run the same command "
-                "again: it goes on from the last checkpoint."
-            ) from error
+        if is_first():
+            with _said(path):
+                part.write_text(text)
+                part.replace(path)
+
+
+@contextlib.contextmanager
+def _said(path: Path) -> Iterator[None]:
+    """A file that cannot be written, on a full disk say, is the user's to mend."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"cannot write {path}: {error}. Make room and run the same command again: "
+            "it goes on from the last checkpoint."
+        ) from error
 
 
 def is_first() -> bool:

@@ -123,8 +123,8 @@ def report(
     )
     print(table({choice: record.runs[choice]}, "test", split_mnist.TITLES))
     record.save("sweep", figure(accuracy, best, config))
+    record.write("chosen.toml", chosen_config(config, strength, damping))
     path = record.folder / "chosen.toml"
-    path.write_text(chosen_config(config, strength, damping))
     print(f"\nRun it with: python -m experiments.split_mnist --config {path}")
 
 

@@ -58,6 +58,21 @@ def test_a_method_finished_under_other_versions_says_so(tmp_path, monkeypatch):
     assert record.runs["after"]["versions"]["jax"] == "99.0"
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no full device here")
+def test_a_full_disk_is_said_whatever_is_written(tmp_path):
+    record = Record("e", Config(out=tmp_path))
+    for name in ("metrics.jsonl", "f.png", "results.part"):
+        (tmp_path / name).symlink_to("/dev/full")
+    figure = figures.heat_map([[1.0]], [1], [1], labels=("a", "b"), title="t")
+    for write in (
+        lambda: record.log(method="si", position=0),
+        lambda: record.save("f", figure),
+        lambda: record.add("si", RUN),
+    ):
+        with pytest.raises(UserError, match=r"No space left on device.* Make room"):
+            write()
+
+
 def test_figures_are_written_as_they_are_styled(tmp_path):
     figure = figures.heat_map([[1.0]], [1], [1], labels=("a", "b"), title="t")
     Record("e", Config(out=tmp_path)).save("f", figure)
