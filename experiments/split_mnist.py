@@ -22,25 +22,17 @@ NAMES = {"tfds": "MNIST", "mnist5k": "mnist5k (5,000 digits of MNIST)"}
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(command.Options):
-    """Split MNIST (Fig. 3): five pairs of digits, learned one after the other."""
+class Setting(command.Options):
+    """The network and its training, whatever the method."""
 
     data: Literal["tfds", "mnist5k"] = "tfds"
     """MNIST itself through TFDS, or 5,000 of its digits that need no download."""
-    seeds: int = 10
-    """Runs, with the seeds 0, 1, …"""
-    strengths: tuple[float, ...] = (1.0, 0.0)
-    """c of eq. 4, a method each; 0 is fine-tuning, without consolidation."""
-    damping: float = 1e-3
-    """ξ of eq. 5."""
     epochs: int = 10
     """Passes over each task."""
     batch_size: int = 64
     """Examples a step."""
     learning_rate: float = 1e-3
     """Adam's."""
-    sgd_learning_rate: float = 0.1
-    """Of plain SGD without consolidation, a further method; 0 leaves it out."""
     hidden: tuple[int, ...] = (256, 256)
     """Widths of the hidden layers."""
     zero_init_output: bool = True
@@ -50,17 +42,42 @@ class Config(command.Options):
 
     def __post_init__(self):
         """Refuse values that make no sense."""
-        self.check(
-            positive=("damping", "learning_rate"),
-            at_least_1=("seeds", "epochs", "batch_size"),
-        )
+        self.check(positive=("learning_rate",), at_least_1=("epochs", "batch_size"))
         if min(self.hidden, default=1) < 1:
             raise ValueError(f"hidden widths must be at least 1, got {self.hidden}")
-        for value in (*self.strengths, self.sgd_learning_rate):
-            if not 0 <= value < math.inf:
-                raise ValueError(f"strengths and rates must be >= 0, got {value}")
-        if len({f"{c:g}" for c in self.strengths}) < max(len(self.strengths), 1):
-            raise ValueError(f"strengths must be several and differ: {self.strengths}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(Setting):
+    """Split MNIST (Fig. 3): five pairs of digits, learned one after the other."""
+
+    seeds: int = 10
+    """Runs, with the seeds 0, 1, …"""
+    strengths: tuple[float, ...] = (1.0, 0.0)
+    """c of eq. 4, a method each; 0 is fine-tuning, without consolidation."""
+    damping: float = 1e-3
+    """ξ of eq. 5."""
+    sgd_learning_rate: float = 0.1
+    """Of plain SGD without consolidation, a further method; 0 leaves it out."""
+
+    def __post_init__(self):
+        """Refuse values that make no sense."""
+        super().__post_init__()
+        self.check(positive=("damping",), at_least_1=("seeds",))
+        check_strengths(self.strengths)
+        if not 0 <= self.sgd_learning_rate < math.inf:
+            raise ValueError(
+                f"sgd_learning_rate must be >= 0, got {self.sgd_learning_rate}"
+            )
+
+
+def check_strengths(strengths: tuple[float, ...]) -> None:
+    """Refuse strengths that make no sense, for ``__post_init__``."""
+    for value in strengths:
+        if not 0 <= value < math.inf:
+            raise ValueError(f"strengths must be >= 0, got {value}")
+    if len({f"{c:g}" for c in strengths}) < max(len(strengths), 1):
+        raise ValueError(f"strengths must be several and differ: {strengths}")
 
 
 def methods(config: Config) -> dict[str, tuple[optax.GradientTransformation, float]]:
@@ -73,7 +90,7 @@ def methods(config: Config) -> dict[str, tuple[optax.GradientTransformation, flo
 
 
 def make_learner(
-    config: Config, inner: optax.GradientTransformation
+    config: Setting, inner: optax.GradientTransformation
 ) -> Callable[..., Learner]:
     """The pieces of a run as a function of the hyperparameters that may be swept."""
     model = MLP(config.hidden, 10, config.zero_init_output)
@@ -90,7 +107,7 @@ def make_learner(
     return make
 
 
-def make_problem(config: Config) -> driver.Problem:
+def make_problem(config: Setting) -> driver.Problem:
     """The five tasks."""
     digits = data.load("mnist", config.data, config.data_dir)
     return driver.Problem(

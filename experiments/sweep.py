@@ -17,7 +17,7 @@ GRID = "grid"
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(split_mnist.Config):
+class Config(split_mnist.Setting):
     """The strength c and the damping ξ for split MNIST, chosen on held-out data.
 
     Every point of the grid is trained on a part of the training set and evaluated on
@@ -37,9 +37,11 @@ class Config(split_mnist.Config):
     def __post_init__(self):
         """Refuse values that make no sense."""
         super().__post_init__()
+        self.check(positive=(), at_least_1=("seeds",))
+        split_mnist.check_strengths(self.strengths)
         if not 0 < self.held_out < 1:
             raise ValueError(f"held_out must be between 0 and 1, got {self.held_out}")
-        if not all(damping > 0 for damping in self.dampings):
+        if not min(self.dampings, default=0) > 0:
             raise ValueError(f"dampings must be > 0, got {self.dampings}")
 
 
@@ -68,7 +70,6 @@ def choose(accuracy: np.ndarray) -> tuple[int, int]:
 def run(config: Config) -> None:
     """Run the grid, choose, and run the choice; what is finished is not repeated."""
     record = Record("sweep", config, default=config.data)
-    problem = split_mnist.make_problem(config)
     make_learner = split_mnist.make_learner(config, optax.adam(config.learning_rate))
 
     def train(method, seeds, strengths, dampings, problem):
@@ -89,7 +90,7 @@ def run(config: Config) -> None:
             *itertools.product(range(config.seeds), config.strengths, config.dampings),
             strict=True,
         )
-        held = hold_out(problem, config.held_out)
+        held = hold_out(split_mnist.make_problem(config), config.held_out)
         grid = train(GRID, seeds, strengths, dampings, held)
         record.add(GRID, grid, summary={"axes": ["seed", "strength", "damping"]})
     held_out = np.asarray(record.runs[GRID]["test"])
@@ -99,7 +100,7 @@ def run(config: Config) -> None:
     choice = f"si c={strength:g} ξ={damping:g}"
     if choice not in record.runs:
         fresh = range(config.seeds, 2 * config.seeds)
-        n = config.seeds
+        n, problem = config.seeds, split_mnist.make_problem(config)
         result = train(choice, fresh, [strength] * n, [damping] * n, problem)
         record.add(choice, result)
     if is_first():
@@ -130,10 +131,10 @@ def report(
 
 def chosen_config(config: Config, strength: float, damping: float) -> str:
     """A configuration of ``experiments.split_mnist`` with the choice."""
-    own = [field.name for field in dataclasses.fields(split_mnist.Config)]
+    own = [field.name for field in dataclasses.fields(split_mnist.Setting)]
     places = [field.name for field in dataclasses.fields(command.Options)]
     values = {name: getattr(config, name) for name in own if name not in places}
-    values.update(strengths=[strength, 0.0], damping=damping)
+    values.update(seeds=config.seeds, strengths=[strength, 0.0], damping=damping)
     lines = [f"{name} = {json.dumps(value)}" for name, value in values.items()]
     return "\n".join(
         ["# Chosen on held-out data by python -m experiments.sweep.", *lines, ""]

@@ -1,6 +1,7 @@
 import numpy as np
+import pytest
 
-from experiments import command, split_mnist, sweep
+from experiments import benchmark_sweep, command, split_mnist, sweep
 from experiments.driver import Problem
 from si_jax import figures, tasks
 from si_jax.data import Examples
@@ -26,6 +27,27 @@ def test_the_best_mean_is_chosen():
     accuracy[:, 1, 2] = 0.8
     accuracy[0, 2, 3] = 1.0  # one lucky seed
     assert sweep.choose(accuracy) == (1, 2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--damping", "0.1"], "Unrecognized options: --damping"),
+        (["--dampings", "0"], "dampings must be > 0"),
+        (["--strengths", "-1"], "strengths must be >= 0"),
+        (["--held-out", "1"], "held_out must be between 0 and 1"),
+    ],
+)
+def test_flags_that_would_do_nothing_or_harm_are_refused(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        command.parse(sweep.Config, "sweep", arguments)
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize("experiment", [sweep, benchmark_sweep])
+def test_shipped_configurations_are_the_defaults(experiment):
+    name = experiment.__name__.split(".")[-1]
+    assert command.parse(experiment.Config, name, []) == experiment.Config()
 
 
 def test_the_choice_is_a_configuration_that_runs(tmp_path):
