@@ -174,7 +174,9 @@ def learner(
         )
         size = task.size.astype(jnp.float32)
         synapses = si_jax.synapses(carry.opt_state)
-        omega = jnp.concatenate(list(map(jnp.ravel, jax.tree.leaves(synapses[0]))))
+        omega = jnp.concatenate(
+            list(map(jnp.ravel, jax.tree.leaves(synapses.path_integral)))
+        )
         return carry, Epoch(
             loss=loss / size,
             accuracy=correct / size,
