@@ -8,7 +8,7 @@ import sys
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, ClassVar, NoReturn, TypeVar
 
 import jax
 import tyro
@@ -40,6 +40,9 @@ class Options:
     """How many processes there are; SLURM's own are found without these three."""
     process_id: int | None = None
     """This one's number, from 0."""
+
+    PICKS: ClassVar[tuple[str, ...]] = ()
+    """Settings that choose among methods, named in the results, and change none."""
 
     def check(self, *, positive: tuple[str, ...], at_least_1: tuple[str, ...]) -> None:
         """Refuse values that make no sense, for ``__post_init__``."""

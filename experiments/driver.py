@@ -12,8 +12,15 @@ from experiments.command import Options
 from experiments.record import Record, is_first
 from si_jax import metrics, sweep
 from si_jax.data import Examples
-from si_jax.tasks import Task
-from si_jax.train import Carry, Learner, epoch_key, init_key
+from si_jax.tasks import Task, permute
+from si_jax.train import (
+    Carry,
+    Learner,
+    correlations,
+    epoch_key,
+    init_key,
+    permutations_key,
+)
 
 
 class Problem(NamedTuple):
@@ -24,12 +31,17 @@ class Problem(NamedTuple):
       test: the examples to evaluate on besides.
       train_tasks: the tasks' training examples, stacked.
       test_tasks: their examples in ``test``.
+      stages: what is trained on, one after the other, if not on ``train_tasks``.
+      permutations: through how many permutations of the pixels, each run's own, the
+        tasks see the examples; 0 as they are.
     """
 
     train: Examples
     test: Examples
     train_tasks: Task
     test_tasks: Task
+    stages: Task | None = None
+    permutations: int = 0
 
 
 class State(NamedTuple):
@@ -39,7 +51,7 @@ class State(NamedTuple):
 
     Attributes:
       carry: of every run.
-      test: float32 ``(runs, tasks, tasks)``, accuracies so far, NaN where none yet.
+      test: float32 ``(runs, stages, tasks)``, accuracies so far, NaN where none yet.
       train: the same on the training examples.
       initial: float32 ``(runs, tasks)``, the untrained networks' test accuracies.
       seconds: wall time so far.
@@ -76,8 +88,9 @@ def run(
       options: how often to write checkpoints, how many runs to put side by side.
 
     Returns:
-      Accuracies ``test`` and ``train`` ``(runs, tasks, tasks)`` and ``initial``
-      ``(runs, tasks)``, and ``seconds`` of wall time, compilation included.
+      Accuracies ``test`` and ``train`` ``(runs, stages, tasks)`` and ``initial``
+      ``(runs, tasks)``, ``seconds`` of wall time, compilation included, and, where ω of
+      the tasks is kept, its ``correlations`` ``{parameter: (runs, tasks, tasks)}``.
     """
     mesh = sweep.mesh(len(seeds))
     missing = -len(seeds) % mesh.size  # made up by repeating the last run
@@ -106,28 +119,46 @@ def run(
             max_parallel=options.max_parallel,
         )
 
-    def one_epoch(learner, carry, seed, examples, tasks, number, i):
-        task = jax.tree.map(lambda x: x[number], tasks)
-        key = epoch_key(jax.random.key(seed), number, i)
-        return learner.epoch(carry, examples, task, key)
+    def seen(examples, seed):
+        if not problem.permutations:
+            return examples
+        key = permutations_key(jax.random.key(seed))
+        return permute(examples, key, problem.permutations)
+
+    def in_epoch(piece):
+        def of_one_run(learner, carry, seed, examples, tasks, number, i):
+            task = jax.tree.map(lambda x: x[number], tasks)
+            key = epoch_key(jax.random.key(seed), number, i)
+            return getattr(learner, piece)(carry, seen(examples, seed), task, key)
+
+        return compiled(of_one_run, 3, donate=True)
+
+    def evaluated(learner, carry, seed, examples, tasks):
+        return learner.evaluate(carry, seen(examples, seed), tasks)
 
     init = compiled(lambda learner, s: learner.init(init_key(jax.random.key(s))), 2)
-    epoch = compiled(one_epoch, 3, donate=True)
-    finish = compiled(lambda learner, carry: learner.finish(carry), 2, donate=True)
-    evaluate = compiled(lambda learner, carry, *rest: learner.evaluate(carry, *rest), 2)
+    epoch, finish = in_epoch("epoch"), in_epoch("finish")
+    evaluate = compiled(evaluated, 3)
 
     own = to_devices(np.asarray(seeds, np.uint32))
     values = to_devices(
         {name: np.asarray(v, np.float32) for name, v in hyperparameters.items()}
     )
-    train, test, train_tasks, test_tasks = sweep.replicate(problem, mesh)
-    count = len(problem.train_tasks.size)
+    examples, tasks, stages = sweep.replicate(
+        (
+            {"test": problem.test, "train": problem.train},
+            {"test": problem.test_tasks, "train": problem.train_tasks},
+            problem.stages or problem.train_tasks,
+        ),
+        mesh,
+    )
+    count = len(stages.size)
     total = count * epochs
 
     start = time.perf_counter()
     carry = init(own, values)
-    initial = to_host(evaluate(carry, values, test, test_tasks))
-    nothing = np.full((len(seeds), count, count), np.nan, np.float32)
+    initial = to_host(evaluate(carry, own, values, examples["test"], tasks["test"]))
+    nothing = np.full((len(seeds), count, initial.shape[-1]), np.nan, np.float32)
     none = np.zeros((), np.float32)
     state = State(to_host(carry), nothing, nothing.copy(), initial, none)
     checkpoints = record.checkpoints(method)
@@ -147,7 +178,7 @@ def run(
         while position < total:
             number, i = divmod(position, epochs)
             carry, report = epoch(
-                state.carry, own, values, train, train_tasks, number, i
+                state.carry, own, values, examples["train"], stages, number, i
             )
             state, report = state._replace(carry=carry), to_host(report)
             log = {"task": number, "epoch": i, **report._asdict()}
@@ -155,12 +186,14 @@ def run(
             position += 1
             ends = position % epochs == 0
             if ends:
-                state = state._replace(carry=finish(state.carry, values))
-                for rows, examples, tasks in (
-                    (state.test, test, test_tasks),
-                    (state.train, train, train_tasks),
-                ):
-                    accuracy = evaluate(state.carry, values, examples, tasks)
+                carry = finish(
+                    state.carry, own, values, examples["train"], stages, number, epochs
+                )
+                state = state._replace(carry=carry)
+                for split, rows in (("test", state.test), ("train", state.train)):
+                    accuracy = evaluate(
+                        carry, own, values, examples[split], tasks[split]
+                    )
                     rows[:, number] = to_host(accuracy)
             if ends or position % options.checkpoint_every == 0:
                 seconds = np.asarray(time.perf_counter() - start, np.float32)
@@ -178,17 +211,23 @@ def run(
                     f"{method}: task {number + 1}/{count}{so_far}, {took:.0f} s",
                     flush=True,
                 )
-    return {
+    result = {
         "test": state.test,
         "train": state.train,
         "initial": state.initial,
         "seconds": round(float(state.seconds), 1),
     }
+    if state.carry.path_integrals is not None:
+        correlate = sweep.over_runs(
+            correlations, mesh, max_parallel=options.max_parallel
+        )
+        result["correlations"] = to_host(correlate(state.carry))
+    return result
 
 
 def _so_far(test: np.ndarray, finished: int) -> str:
     """The average test accuracy over the tasks that are finished."""
     if not finished:
         return ""
-    matrix = test[:, :finished, :finished]
+    matrix = test[:, :finished, : finished if test.shape[1] > 1 else None]
     return f", tasks so far {metrics.average_accuracy(matrix).mean():.3f} (test)"

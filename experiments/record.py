@@ -8,7 +8,7 @@ import platform
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -55,7 +55,9 @@ class Record:
         entries = _jsonable(dataclasses.asdict(config))
         head = {
             "experiment": experiment,
-            "config": {k: v for k, v in entries.items() if k not in PLACES},
+            "config": {
+                k: v for k, v in entries.items() if k not in (*PLACES, *config.PICKS)
+            },
         }
         started = self._read("config.json")
         if started is None:
@@ -211,15 +213,17 @@ def versions() -> dict[str, Any]:
 
 def summarize(run: dict[str, Any]) -> dict[str, Any]:
     """Mean, standard error and deviation over the seeds of the usual measures."""
+    measures = {"average_accuracy": metrics.average_accuracy}
+    if np.shape(run["test"])[1] > 1:  # tasks one after the other
+        measures |= {
+            "learning_accuracy": metrics.learning_accuracy,
+            "forgetting": metrics.forgetting,
+            "backward_transfer": metrics.backward_transfer,
+        }
     return {
         split: {
             name: _statistics(measure(np.asarray(run[split])))
-            for name, measure in (
-                ("average_accuracy", metrics.average_accuracy),
-                ("learning_accuracy", metrics.learning_accuracy),
-                ("forgetting", metrics.forgetting),
-                ("backward_transfer", metrics.backward_transfer),
-            )
+            for name, measure in measures.items()
         }
         for split in ("test", "train")
     }
@@ -235,20 +239,21 @@ def _statistics(values: Any) -> dict[str, float]:
     }
 
 
+def cell(values: Any) -> str:
+    """Mean ± SEM over the seeds."""
+    values = np.asarray(values, np.float64)
+    mean = f"{values.mean():.4f}"
+    return (
+        mean if len(values) == 1 else f"{mean} ± {metrics.standard_error(values):.4f}"
+    )
+
+
 def table(runs: dict[str, Any], split: str, titles: list[str]) -> str:
     """A terminal table of the accuracies after the last task: mean ± SEM over seeds.
 
     A row a task, one for their average and one for :func:`metrics.forgetting`; a column
     a method.
     """
-
-    def cell(values: Any) -> str:
-        values = np.asarray(values, np.float64)
-        mean = f"{values.mean():.4f}"
-        if len(values) == 1:
-            return mean
-        return f"{mean} ± {metrics.standard_error(values):.4f}"
-
     columns = [["", *titles, "average", "forgetting"]]
     for method, run in runs.items():
         matrix = np.asarray(run[split])
@@ -260,13 +265,18 @@ def table(runs: dict[str, Any], split: str, titles: list[str]) -> str:
                 cell(metrics.forgetting(matrix)),
             ]
         )
-    widths = [max(map(len, column)) for column in columns]
+    return aligned(list(zip(*columns, strict=True)))
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of words as a table for the terminal, the first column to the left."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join(
             word.ljust(width) if i == 0 else word.rjust(width)
             for i, (word, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in zip(*columns, strict=True)
+        ).rstrip()
+        for row in rows
     )
 
 

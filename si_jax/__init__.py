@@ -1,12 +1,12 @@
 """Synaptic Intelligence (Zenke, Poole & Ganguli, 2017) for JAX."""
 
+from si_jax import ewc
+from si_jax.state import reset_optimizer, surrogate_loss
 from si_jax.transform import (
     Synapses,
     SynapticIntelligenceState,
     WithSynapticIntelligenceState,
     consolidate,
-    reset_optimizer,
-    surrogate_loss,
     synapses,
     synaptic_intelligence,
     with_synaptic_intelligence,
@@ -19,6 +19,7 @@ __all__ = [
     "SynapticIntelligenceState",
     "WithSynapticIntelligenceState",
     "consolidate",
+    "ewc",
     "reset_optimizer",
     "surrogate_loss",
     "synapses",

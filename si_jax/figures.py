@@ -136,3 +136,111 @@ def accuracy_by_task(
             frameon=False,
         )
     return figure
+
+
+def average_accuracy(
+    curves: Mapping[str, ArrayLike],
+    *,
+    single: ArrayLike | None = None,
+    joint: ArrayLike | None = None,
+    suptitle: str | None = None,
+) -> Figure:
+    """Fig. 4: accuracy, averaged over the tasks so far, against their number.
+
+    Args:
+      curves: for each method, ``(seeds, tasks)``.
+      single: ``(seeds,)``, accuracy of networks that learn one task only, a dotted
+        line.
+      joint: ``(seeds,)``, accuracy of networks that learn all tasks at once, an arrow.
+      suptitle: a line over the figure.
+
+    Returns:
+      The whole, and above it its upper part enlarged; bands are the standard error over
+      the seeds.
+    """
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(4.4, 4.8), layout="constrained")
+        zoom, whole = figure.subplots(2, 1, sharex=True, height_ratios=(2, 3))
+        finals = [np.asarray(x)[:, -1].mean() for x in curves.values()]
+        finals += [np.asarray(x).mean() for x in (single, joint) if x is not None]
+        lowest = max(0.9, min((x for x in finals if x > 0.9), default=0.9) - 0.01)
+        tasks = 1
+        for (name, values), marker in zip(
+            curves.items(), itertools.cycle("os^Dv"), strict=False
+        ):
+            curve = np.asarray(values)
+            tasks = max(tasks, curve.shape[1])
+            after = np.arange(1, curve.shape[1] + 1)
+            mean, error = curve.mean(0), np.asarray(metrics.standard_error(curve))
+            for panel in (zoom, whole):
+                (line,) = panel.plot(
+                    after, mean, label=name, marker=marker, markersize=3
+                )
+                panel.fill_between(
+                    after,
+                    mean - error,
+                    mean + error,
+                    color=line.get_color(),
+                    alpha=0.2,
+                    linewidth=0,
+                )
+        for panel in (zoom, whole):
+            if single is not None:
+                level = float(np.asarray(single).mean())
+                panel.axhline(level, color="0.4", linestyle=":", label="single task")
+            panel.set_ylabel("Average accuracy")
+        if joint is not None:
+            zoom.annotate(
+                "all tasks at once",
+                (tasks + 0.1, float(np.asarray(joint).mean())),
+                (-14, 0),
+                textcoords="offset points",
+                ha="right",
+                va="center",
+                arrowprops={"arrowstyle": "<-"},
+            )
+        zoom.set_ylim(lowest, 1)
+        whole.set_ylim(None, 1.02)
+        whole.set_xticks(range(1, tasks + 1))
+        whole.set_xlabel("Tasks learned")
+        figure.suptitle(suptitle or "", fontsize=STYLE["font.size"])
+        figure.legend(
+            *whole.get_legend_handles_labels(),
+            loc="outside lower center",
+            ncols=4,
+            frameon=False,
+        )
+    return figure
+
+
+def correlations(matrices: Mapping[str, Mapping[str, ArrayLike]]) -> Figure:
+    """Fig. 5: how the importances ω of the tasks correlate.
+
+    Args:
+      matrices: for each method and layer, ``(tasks, tasks)``.
+
+    Returns:
+      A row a method, a column a layer.
+    """
+    rows, columns = len(matrices), max(map(len, matrices.values()))
+    with matplotlib.rc_context(STYLE):
+        size = (2.2 * columns + 0.8, 2.2 * rows + 0.3)
+        figure = Figure(figsize=size, layout="constrained")
+        panels = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
+        for row, (method, layers) in zip(panels, matrices.items(), strict=True):
+            for panel, (layer, matrix) in zip(row, layers.items(), strict=False):
+                values = np.asarray(matrix)
+                ends = (0.5, len(values) + 0.5)
+                image = panel.imshow(
+                    values, vmin=0, vmax=1, cmap="viridis", extent=(*ends, *ends[::-1])
+                )
+                panel.set_xticks(range(1, len(values) + 1))
+                panel.set_yticks(range(1, len(values) + 1))
+                panel.spines[["top", "right"]].set_visible(True)
+                if row is panels[0]:
+                    panel.set_title(layer)
+                if row is panels[-1]:
+                    panel.set_xlabel("Task")
+            row[0].set_ylabel(f"{method}\nTask")
+        figure.colorbar(image, ax=panels, label="Correlation of ω", shrink=0.8)
+    return figure

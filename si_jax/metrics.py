@@ -150,3 +150,25 @@ def standard_error(values: ArrayLike) -> jax.Array:
     if len(values) == 1:
         return jnp.zeros_like(values[0])
     return values.std(0, ddof=1) / jnp.sqrt(jnp.asarray(len(values), values.dtype))
+
+
+def correlation(vectors: ArrayLike) -> jax.Array:
+    """Pearson correlations between the rows: Fig. 5, of the tasks' ω.
+
+    Args:
+      vectors: ``(…, tasks, n)``.
+
+    Returns:
+      ``(…, tasks, tasks)``.
+
+    Example:
+      >>> from si_jax import metrics
+      >>> print(metrics.correlation([[1.0, 2.0], [3.0, 7.0], [2.0, 1.0]]).round())
+      [[ 1.  1. -1.]
+       [ 1.  1. -1.]
+       [-1. -1.  1.]]
+    """
+    rows = jnp.asarray(vectors)
+    rows = rows - rows.mean(-1, keepdims=True)
+    rows = rows / jnp.linalg.norm(rows, axis=-1, keepdims=True)
+    return rows @ rows.mT

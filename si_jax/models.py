@@ -14,11 +14,14 @@ class MLP(nn.Module):
       outputs: the number of outputs, all tasks' together.
       zero_init_output: start the output kernel at zero, as the authors do for their
         multi-head networks.
+      dropout: the fraction of each hidden layer's units that are dropped in a call with
+        ``rngs={"dropout": key}``; a call without a key drops none.
     """
 
     hidden: tuple[int, ...]
     outputs: int
     zero_init_output: bool = False
+    dropout: float = 0.0
 
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
@@ -27,6 +30,7 @@ class MLP(nn.Module):
         x = images.reshape(len(images), -1)
         for width in self.hidden:
             x = nn.relu(nn.Dense(width, kernel_init=glorot)(x))
+            x = nn.Dropout(self.dropout)(x, deterministic=not self.has_rng("dropout"))
         output_init = initializers.zeros if self.zero_init_output else glorot
         return nn.Dense(self.outputs, kernel_init=output_init)(x)
 

@@ -8,6 +8,26 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
+from si_jax.data import Examples
+
+
+class PermutedExamples(NamedTuple):
+    """A data set seen through several permutations of its pixels, one after the other.
+
+    Of ``n`` images, row ``r`` is image ``r mod n`` through permutation ``r div n``:
+    indices instead of copies of the images.
+
+    Attributes:
+      images: uint8 ``(n, height, width, channels)``.
+      labels: int32 ``(n,)``.
+      pixels: int32 ``(permutations, height · width · channels)``, the place in the
+        image that each of the network's inputs is taken from.
+    """
+
+    images: jax.Array
+    labels: jax.Array
+    pixels: jax.Array
+
 
 class Task(NamedTuple):
     """One classification task, or several of unequal size stacked along a first axis.
@@ -67,6 +87,88 @@ def split_classes(
     for row, m in zip(index, members, strict=True):
         row[: len(m)] = m
     return Task(jnp.asarray(index), jnp.asarray(sizes, jnp.int32), jnp.asarray(classes))
+
+
+def permuted(examples: int, count: int, outputs: int) -> Task:
+    """One task for each permutation of a data set's pixels, stacked: permuted MNIST.
+
+    Args:
+      examples: the number of the data set's images, all of which every task shows.
+      count: the number of tasks.
+      outputs: the number of the network's outputs, all of which take part.
+
+    Returns:
+      A :class:`Task` whose fields have a first axis over the permutations, to index
+      :class:`PermutedExamples` of :func:`permute`.
+
+    Example:
+      >>> from si_jax import tasks
+      >>> print(tasks.permuted(3, 2, outputs=4).rows)
+      [[0 1 2]
+       [3 4 5]]
+    """
+    rows = np.arange(count * examples, dtype=np.int32).reshape(count, examples)
+    size = np.full(count, examples, np.int32)
+    classes = np.ones((count, outputs), bool)
+    return Task(jnp.asarray(rows), jnp.asarray(size), jnp.asarray(classes))
+
+
+def together(tasks: Task) -> Task:
+    """One task of all the examples of several of equal size: joint training.
+
+    Args:
+      tasks: stacked tasks.
+
+    Returns:
+      A :class:`Task` whose fields have a first axis of length 1.
+    """
+    return Task(
+        tasks.rows.reshape(1, -1),
+        tasks.size.sum(keepdims=True, dtype=jnp.int32),
+        tasks.classes.any(0, keepdims=True),
+    )
+
+
+def permute(examples: Examples, key: jax.Array, count: int) -> PermutedExamples:
+    """See a data set through ``count`` permutations; the first leaves it as it is.
+
+    Args:
+      examples: the data set.
+      key: what the permutations are a function of, whatever the examples: training and
+        test set need the same.
+      count: the number of permutations.
+
+    Returns:
+      A :class:`PermutedExamples`.
+    """
+    places = jnp.arange(np.prod(examples.images.shape[1:]), dtype=jnp.int32)
+    keys = jax.random.split(key, count)
+    pixels = jax.vmap(jax.random.permutation, (0, None))(keys, places)
+    return PermutedExamples(*examples, pixels.at[0].set(places))
+
+
+def look_up(
+    examples: Examples | PermutedExamples, rows: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The images and labels that rows of a task stand for.
+
+    Args:
+      examples: a data set.
+      rows: int32 ``(batch,)``.
+
+    Returns:
+      float32 images ``(batch, height, width, channels)`` in [0, 1] and int32 labels
+      ``(batch,)``.
+    """
+    images, labels = jnp.asarray(examples.images), jnp.asarray(examples.labels)
+    if isinstance(examples, PermutedExamples):
+        permutation, rows = jnp.divmod(rows, jnp.int32(len(labels)))
+        batch = images[rows].reshape(len(rows), -1)
+        batch = jnp.take_along_axis(batch, examples.pixels[permutation], axis=1)
+        batch = batch.reshape(-1, *images.shape[1:])
+    else:
+        batch = images[rows]
+    return batch.astype(jnp.float32) / 255, labels[rows]
 
 
 def shuffle(task: Task, key: jax.Array) -> jax.Array:

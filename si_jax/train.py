@@ -13,9 +13,12 @@ import jax.numpy as jnp
 import optax
 
 import si_jax
+from si_jax import ewc, metrics
 from si_jax.data import Examples
 from si_jax.models import mask_logits
-from si_jax.tasks import Task, shuffle
+from si_jax.tasks import PermutedExamples, Task, look_up, shuffle
+
+AnyExamples = Examples | PermutedExamples
 
 
 class Model(Protocol):
@@ -27,7 +30,7 @@ class Model(Protocol):
 
     @property
     def apply(self) -> Callable[..., Any]:
-        """``(params, images) → logits (batch, outputs)``."""
+        """``(params, images) → logits (batch, outputs)``; ``rngs`` as Flax has it."""
 
 
 class Carry(NamedTuple):
@@ -36,10 +39,13 @@ class Carry(NamedTuple):
     Attributes:
       params: the network's parameters.
       opt_state: the optimizer's state, with Synaptic Intelligence's inside.
+      path_integrals: ω of the finished tasks, the newest last, where it is kept: a tree
+        like the parameters with a first axis over the tasks.
     """
 
     params: optax.Params
     opt_state: optax.OptState
+    path_integrals: optax.Params = None
 
 
 class Epoch(NamedTuple):
@@ -74,14 +80,15 @@ class Learner(NamedTuple):
       init: ``key → carry``.
       epoch: ``(carry, examples, task, key) → (carry, Epoch)``, one pass in random
         order.
-      finish: ``carry → carry`` at a task's end: consolidation, the optimizer's reset.
+      finish: ``(carry, examples, task, key) → carry`` at a task's end: consolidation,
+        the optimizer's reset.
       evaluate: ``(carry, examples, tasks) → accuracy (tasks,)``.
     """
 
     init: Callable[[jax.Array], Carry]
-    epoch: Callable[[Carry, Examples, Task, jax.Array], tuple[Carry, Epoch]]
-    finish: Callable[[Carry], Carry]
-    evaluate: Callable[[Carry, Examples, Task], jax.Array]
+    epoch: Callable[[Carry, AnyExamples, Task, jax.Array], tuple[Carry, Epoch]]
+    finish: Callable[[Carry, AnyExamples, Task, jax.Array], Carry]
+    evaluate: Callable[[Carry, AnyExamples, Task], jax.Array]
 
 
 class Result(NamedTuple):
@@ -107,6 +114,9 @@ def learner(
     *,
     batch_size: int,
     reset_optimizer: bool,
+    dropout: bool = False,
+    fisher_examples: int = 0,
+    remember: int = 0,
 ) -> Learner:
     """Bind a network and an optimizer to the pieces of a run.
 
@@ -117,37 +127,42 @@ def learner(
       image_shape: height, width, channels.
       batch_size: examples a step; an epoch's last batch may be smaller.
       reset_optimizer: start every task with a fresh optimizer.
+      dropout: whether the network takes a key in training, ``rngs={"dropout": key}``.
+      fisher_examples: of how many of a finished task's examples to compute the Fisher
+        information; 0 if ``tx`` contains no :mod:`si_jax.ewc`.
+      remember: of how many tasks to keep ω.
 
     Returns:
       A :class:`Learner`.
     """
 
     def logits(
-        params: optax.Params, images: jax.Array, classes: jax.Array
+        params: optax.Params, images: jax.Array, classes: jax.Array, **rngs: Any
     ) -> jax.Array:
-        return mask_logits(model.apply(params, images), classes)
+        return mask_logits(model.apply(params, images, **rngs), classes)
 
     def gather(
-        examples: Examples, task: Task, order: jax.Array, i: jax.Array, size: int
+        examples: AnyExamples, task: Task, order: jax.Array, i: jax.Array, size: int
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Batch i: images, labels, and 1 or 0 for what is there or beyond the end."""
         positions = i * size + jnp.arange(size, dtype=jnp.int32)
         rows = order.at[positions].get(mode="clip")
-        images = jnp.asarray(examples.images)[rows].astype(jnp.float32) / 255
         there = (positions < task.size).astype(jnp.float32)
-        return images, jnp.asarray(examples.labels)[rows], there
+        return *look_up(examples, rows), there
 
     def init(key: jax.Array) -> Carry:
         params = model.init(key, jnp.zeros((1, *image_shape)))
-        return Carry(params, tx.init(params))
+        history = jax.tree.map(lambda p: jnp.zeros((remember, *p.shape)), params)
+        return Carry(params, tx.init(params), history if remember else None)
 
     def epoch(
-        carry: Carry, examples: Examples, task: Task, key: jax.Array
+        carry: Carry, examples: AnyExamples, task: Task, key: jax.Array
     ) -> tuple[Carry, Epoch]:
-        order = shuffle(task, key)
+        order_key, dropout_key = jax.random.split(key) if dropout else (key, key)
+        order = shuffle(task, order_key)
 
-        def sums(params, images, labels, there):
-            out = logits(params, images, task.classes)
+        def sums(params, images, labels, there, **rngs):
+            out = logits(params, images, task.classes, **rngs)
             losses = optax.softmax_cross_entropy_with_integer_labels(out, labels)
             correct = (out.argmax(-1) == labels).astype(jnp.float32)
             # The padding's label may be masked, its loss infinite: no product will do.
@@ -157,10 +172,12 @@ def learner(
         def step(i, state):
             (params, opt_state), seen = state
             batch = gather(examples, task, order, i, batch_size)
-            grads, new = jax.grad(sums, has_aux=True)(params, *batch)
+            key = {"rngs": {"dropout": jax.random.fold_in(dropout_key, i)}}
+            rngs = key if dropout else {}
+            grads, new = jax.grad(sums, has_aux=True)(params, *batch, **rngs)
             updates, opt_state = tx.update(grads, opt_state, params)
-            carry = Carry(optax.apply_updates(params, updates), opt_state)
-            return carry, jax.tree.map(jnp.add, seen, new)
+            params = optax.apply_updates(params, updates)
+            return (params, opt_state), jax.tree.map(jnp.add, seen, new)
 
         def total_path_integral(carry):
             omega = si_jax.synapses(carry.opt_state).path_integral
@@ -169,9 +186,10 @@ def learner(
         first = gather(examples, task, task.rows, jnp.int32(0), 500)
         steps = (task.size + batch_size - 1) // batch_size
         start, zero = carry, jnp.zeros(())
-        carry, (loss, correct) = jax.lax.fori_loop(
-            0, steps, step, (start, (zero, zero))
+        (params, opt_state), (loss, correct) = jax.lax.fori_loop(
+            0, steps, step, ((start.params, start.opt_state), (zero, zero))
         )
+        carry = carry._replace(params=params, opt_state=opt_state)
         size = task.size.astype(jnp.float32)
         synapses = si_jax.synapses(carry.opt_state)
         omega = jnp.concatenate(
@@ -189,13 +207,32 @@ def learner(
             ).max(),
         )
 
-    def finish(carry: Carry) -> Carry:
-        opt_state = si_jax.consolidate(carry.opt_state, carry.params)
-        if reset_optimizer:
-            opt_state = si_jax.reset_optimizer(tx, opt_state, carry.params)
-        return Carry(carry.params, opt_state)
+    def finish(
+        carry: Carry, examples: AnyExamples, task: Task, key: jax.Array
+    ) -> Carry:
+        params, opt_state, history = carry
+        if remember:
+            omega = si_jax.synapses(opt_state).path_integral
+            history = jax.tree.map(
+                lambda old, new: jnp.concatenate([old[1:], new[None]]), history, omega
+            )
+        if fisher_examples:
+            order_key, label_key = jax.random.split(key)
+            order = shuffle(task, order_key)
+            rows = order[jnp.arange(fisher_examples) % task.size]
+            images, _ = look_up(examples, rows)
 
-    def evaluate(carry: Carry, examples: Examples, tasks: Task) -> jax.Array:
+            def of_one(params, image):
+                return logits(params, image[None], task.classes)[0]
+
+            importance = ewc.fisher(of_one, params, images, label_key)
+            opt_state = ewc.consolidate(opt_state, params, importance)
+        opt_state = si_jax.consolidate(opt_state, params)
+        if reset_optimizer:
+            opt_state = si_jax.reset_optimizer(tx, opt_state, params)
+        return Carry(params, opt_state, history)
+
+    def evaluate(carry: Carry, examples: AnyExamples, tasks: Task) -> jax.Array:
         size = 1000  # bounds memory; the result does not depend on it
 
         def accuracy(task):
@@ -226,11 +263,32 @@ def init_key(key: jax.Array) -> jax.Array:
     return jax.random.fold_in(key, 0)
 
 
+def permutations_key(key: jax.Array) -> jax.Array:
+    """The key of a run's pixel permutations, unlike any other of its keys."""
+    return jax.random.fold_in(key, 2**32 - 1)
+
+
+def correlations(carry: Carry) -> dict[str, jax.Array]:
+    """Fig. 5: correlations of ω between the tasks that ``carry`` remembers.
+
+    Returns:
+      ``(tasks, tasks)`` for each of the parameters that is a matrix at least, by name.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(carry.path_integrals)
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): metrics.correlation(
+            x.reshape(len(x), -1)
+        )
+        for path, x in leaves
+        if x.ndim > 2
+    }
+
+
 def train(
     learner: Learner,
     key: jax.Array,
-    train_examples: Examples,
-    test_examples: Examples,
+    train_examples: AnyExamples,
+    test_examples: AnyExamples,
     train_tasks: Task,
     test_tasks: Task,
     *,
@@ -260,7 +318,8 @@ def train(
             return learner.epoch(carry, train_examples, task, epoch_key(key, number, i))
 
         carry, reports = jax.lax.scan(one_epoch, carry, jnp.arange(epochs))
-        carry = learner.finish(carry)
+        end = epoch_key(key, number, epochs)
+        carry = learner.finish(carry, train_examples, task, end)
         test = learner.evaluate(carry, test_examples, test_tasks)
         train = learner.evaluate(carry, train_examples, train_tasks)
         return carry, (test, train, reports)

@@ -110,17 +110,21 @@ def _integrate(
     )
 
 
-def _pull_back(
-    grads: optax.Updates, params: optax.Params, synapses: Synapses, strength: jax.Array
+def pull_back(
+    grads: optax.Updates,
+    params: optax.Params,
+    importance: optax.Params,
+    reference: optax.Params,
+    strength: jax.Array,
 ) -> optax.Updates:
     """The gradient of eq. 4: g + 2 c Ω (θ − θ̃), in g's dtype."""
 
-    def leaf(g, p, importance, reference):
-        stiffness = 2 * strength.astype(importance.dtype) * importance
-        pull = stiffness * (wide(p) - wide(reference))
+    def leaf(g, p, omega, ref):
+        stiffness = 2 * strength.astype(omega.dtype) * omega
+        pull = stiffness * (wide(p) - wide(ref))
         return (g.astype(pull.dtype) + pull).astype(g.dtype)
 
-    return jax.tree.map(leaf, grads, params, synapses.importance, synapses.reference)
+    return jax.tree.map(leaf, grads, params, importance, reference)
 
 
 def _consolidate(state: _State, params: optax.Params) -> _State:
@@ -129,7 +133,7 @@ def _consolidate(state: _State, params: optax.Params) -> _State:
     if isinstance(state, SynapticIntelligenceState):
         state = _observe(state, params, jax.tree.map(zeros, state.last_grads))
     path_integral, importance, reference = state.synapses
-    damping, nonnegative = _scalar(state.damping), _scalar(state.nonnegative)
+    damping, nonnegative = scalar(state.damping), scalar(state.nonnegative)
 
     def leaf(w, omega, ref, p):
         displacement = wide(p) - wide(ref)
@@ -236,7 +240,7 @@ def synaptic_intelligence(
             synapses,
             *_hyperparameters(strength, damping, nonnegative),
             last_params=_copy(params, params),
-            last_grads=_zeros_wide(params),
+            last_grads=zeros_wide(params),
         )
 
     def update_fn(
@@ -246,9 +250,10 @@ def synaptic_intelligence(
         **extra_args: Any,
     ) -> tuple[optax.Updates, SynapticIntelligenceState]:
         del extra_args
-        grads, params = _aligned(updates, params, state)
+        _, importance, reference = state.synapses
+        grads, params = aligned(updates, params, reference)
         c, xi, floored = _hyperparameters(strength, damping, nonnegative)
-        pulled = _pull_back(grads, params, state.synapses, c)
+        pulled = pull_back(grads, params, importance, reference, c)
         state = _observe(state, params, grads)
         return pulled, state._replace(strength=c, damping=xi, nonnegative=floored)
 
@@ -331,9 +336,10 @@ def with_synaptic_intelligence(
         params: optax.Params | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, WithSynapticIntelligenceState]:
-        grads, params = _aligned(updates, params, state)
+        _, importance, reference = state.synapses
+        grads, params = aligned(updates, params, reference)
         c, xi, floored = _hyperparameters(strength, damping, nonnegative)
-        pulled = _pull_back(grads, params, state.synapses, c)
+        pulled = pull_back(grads, params, importance, reference, c)
         updates, inner_state = inner.update(
             pulled, state.inner_state, params, **extra_args
         )
@@ -395,113 +401,6 @@ def consolidate(opt_state: optax.OptState, params: optax.Params) -> optax.OptSta
     )
 
 
-def reset_optimizer(
-    tx: optax.GradientTransformation, opt_state: optax.OptState, params: optax.Params
-) -> optax.OptState:
-    """Start the optimizer afresh, moments and counts, and keep what SI remembers.
-
-    The authors do so between the tasks of split MNIST and split CIFAR. (Their code
-    keeps Adam's step count; a fresh bias correction needs it to start at zero.)
-    Hyperparameters of ``optax.inject_hyperparams`` return to their first values, too.
-
-    Args:
-      tx: the optimizer that made ``opt_state``.
-      opt_state: its state, before or after :func:`consolidate`.
-      params: the current parameters.
-
-    Returns:
-      ``tx.init(params)`` with Synaptic Intelligence's memory from ``opt_state``.
-
-    Raises:
-      ValueError: if there is no Synaptic Intelligence in ``opt_state``, or if it was
-        not made by ``tx`` for such parameters.
-
-    Example:
-      >>> import jax.numpy as jnp, optax, si_jax
-      >>> inner = optax.sgd(0.5, momentum=0.9)
-      >>> tx = si_jax.with_synaptic_intelligence(inner)
-      >>> params = jnp.array([0.0])
-      >>> opt_state = tx.init(params)
-      >>> updates, opt_state = tx.update(jnp.array([1.0]), opt_state, params)
-      >>> opt_state = si_jax.reset_optimizer(tx, opt_state, params)
-      >>> print(optax.tree.get(opt_state, "trace"))
-      [0.]
-      >>> print(si_jax.synapses(opt_state).path_integral)
-      [0.5]
-    """
-    kept = _require(opt_state)
-    for state in kept:
-        _scalar(state.strength)
-    fresh = tx.init(params)
-    if [type(state) for state in _find(fresh)] != [type(state) for state in kept]:
-        raise ValueError(
-            "opt_state was not made by this tx: they do not hold Synaptic Intelligence "
-            "in the same form and number."
-        )
-    remaining = iter(kept)
-
-    def keep(state: Any) -> Any:
-        if not _is_synaptic(state):
-            return state
-        old = next(remaining)
-        if isinstance(state, SynapticIntelligenceState):
-            state = state._replace(
-                last_params=old.last_params, last_grads=old.last_grads
-            )
-        return state._replace(synapses=old.synapses)
-
-    # Put back leaf by leaf: the old state's containers may be boxed (nnx.Optimizer).
-    leaves = jax.tree.leaves(jax.tree.map(keep, fresh, is_leaf=_is_synaptic))
-    if list(map(jnp.shape, leaves)) != list(map(jnp.shape, jax.tree.leaves(opt_state))):
-        raise ValueError(
-            "opt_state was not made by this tx for these params: their numbers or "
-            "shapes of arrays differ."
-        )
-    return jax.tree.unflatten(jax.tree.structure(opt_state), leaves)
-
-
-def surrogate_loss(opt_state: optax.OptState, params: optax.Params) -> jax.Array:
-    """The penalty of eq. 4: c Σ Ω (θ̃ − θ)², for logging.
-
-    Its gradient is already in the updates; do not add it to the loss.
-
-    Args:
-      opt_state: the state of an optimizer that contains Synaptic Intelligence.
-      params: the current parameters.
-
-    Returns:
-      A scalar in the units of the loss, summed over all of Synaptic Intelligence in
-      ``opt_state``.
-
-    Raises:
-      ValueError: as :func:`consolidate`.
-
-    Example:
-      >>> import jax.numpy as jnp, optax, si_jax
-      >>> tx = si_jax.with_synaptic_intelligence(optax.sgd(0.5), 0.1, damping=1.0)
-      >>> opt_state = tx.init(jnp.array([0.0]))
-      >>> _, opt_state = tx.update(jnp.array([-2.0]), opt_state, jnp.array([0.0]))
-      >>> opt_state = si_jax.consolidate(opt_state, jnp.array([1.0]))  # Ω = 1, θ̃ = 1
-      >>> print(si_jax.surrogate_loss(opt_state, jnp.array([3.0])))  # 0.1 × 1 × 2²
-      0.4
-    """
-
-    def penalty(state: _State) -> jax.Array:
-        strength = _scalar(state.strength)
-        terms = jax.tree.map(
-            lambda omega, ref, p: jnp.sum(
-                omega * jnp.square(wide(ref) - wide(p)), dtype=strength.dtype
-            ),
-            state.synapses.importance,
-            state.synapses.reference,
-            align(params, state.synapses.reference, "params"),
-        )
-        return strength * sum(jax.tree.leaves(terms), jnp.zeros_like(strength))
-
-    first, *others = map(penalty, _require(opt_state))
-    return sum(others, first)
-
-
 def synapses(opt_state: optax.OptState) -> Synapses:
     """ω, Ω and θ̃, wherever Synaptic Intelligence sits inside ``opt_state``.
 
@@ -539,11 +438,13 @@ def _copy(tree: Any, like: Any) -> Any:
     return jax.tree.map(lambda x, old: jnp.array(x, jnp.result_type(old)), tree, like)
 
 
-def _zeros_wide(params: optax.Params) -> optax.Params:
+def zeros_wide(params: optax.Params) -> optax.Params:
+    """Zeros like the parameters, float32 at least."""
     return jax.tree.map(lambda p: zeros(wide(p)), params)
 
 
-def _init_synapses(params: optax.Params) -> Synapses:
+def check_real(params: optax.Params) -> None:
+    """Refuse parameters that are not real floating-point arrays."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
             raise ValueError(
@@ -551,9 +452,13 @@ def _init_synapses(params: optax.Params) -> Synapses:
                 f"params{jax.tree_util.keystr(path)} is {jnp.result_type(leaf)}. "
                 "Leave it out with optax.masked."
             )
+
+
+def _init_synapses(params: optax.Params) -> Synapses:
+    check_real(params)
     return Synapses(
-        path_integral=_zeros_wide(params),
-        importance=_zeros_wide(params),
+        path_integral=zeros_wide(params),
+        importance=zeros_wide(params),
         reference=_copy(params, params),
     )
 
@@ -574,34 +479,42 @@ def _hyperparameters(
 
 
 def _check_hyperparameters(strength: Any, damping: Any) -> None:
-    for name, value in (("strength", strength), ("damping", damping)):
-        if isinstance(value, optax.GradientTransformation):
-            raise ValueError(
-                f"{name} must be a number, not an optimizer; to wrap one, use "
-                "with_synaptic_intelligence, or put this link before it in a chain."
-            )
-        if callable(value):
-            raise ValueError(
-                f"{name} must be a number, not a function; to schedule it, wrap the "
-                "factory: optax.inject_hyperparams(si_jax.synaptic_intelligence)"
-                f"({name}=schedule)."
-            )
-        if jnp.shape(value) != ():
-            raise ValueError(
-                f"{name} must be a scalar, got shape {jnp.shape(value)}; to sweep over "
-                "several values, use jax.vmap."
-            )
-    dtype = jnp.result_type(float)  # the one they are used in: 1e-46 is 0 in float32
-    c, xi = (
-        None if isinstance(value, jax.core.Tracer) else np.asarray(value, dtype)
-        for value in (strength, damping)
-    )
+    check_strength(strength)
+    xi = number("damping", damping)
+    if xi is not None and not 0 < xi < np.inf:
+        raise ValueError(f"damping (ξ of eq. 5) must be > 0 and finite, got {damping}.")
+
+
+def check_strength(strength: Any) -> None:
+    """Refuse a strength that is not a number, negative or infinite."""
+    c = number("strength", strength)
     if c is not None and not 0 <= c < np.inf:
         raise ValueError(
             f"strength (c of eq. 4) must be >= 0 and finite, got {strength}."
         )
-    if xi is not None and not 0 < xi < np.inf:
-        raise ValueError(f"damping (ξ of eq. 5) must be > 0 and finite, got {damping}.")
+
+
+def number(name: str, value: Any) -> Any:
+    """``value`` in the dtype it is used in, or ``None`` if it is traced."""
+    if isinstance(value, optax.GradientTransformation):
+        raise ValueError(
+            f"{name} must be a number, not an optimizer; to wrap one, use "
+            "with_synaptic_intelligence, or put this link before it in a chain."
+        )
+    if callable(value):
+        raise ValueError(
+            f"{name} must be a number, not a function; to schedule it, wrap the "
+            "factory: optax.inject_hyperparams(si_jax.synaptic_intelligence)"
+            f"({name}=schedule)."
+        )
+    if jnp.shape(value) != ():
+        raise ValueError(
+            f"{name} must be a scalar, got shape {jnp.shape(value)}; to sweep over "
+            "several values, use jax.vmap."
+        )
+    if isinstance(value, jax.core.Tracer):
+        return None
+    return np.asarray(value, jnp.result_type(float))  # 1e-46 is 0 in float32
 
 
 def _is_synaptic(x: Any) -> bool:
@@ -623,7 +536,7 @@ def _require(opt_state: optax.OptState) -> list[Any]:
     return states
 
 
-def _scalar(x: Any) -> jax.Array:
+def scalar(x: Any) -> jax.Array:
     """A hyperparameter of the state, out of the box that nnx puts it in."""
     (value,) = jax.tree.leaves(x)
     if jnp.ndim(value) != 0:
@@ -634,12 +547,12 @@ def _scalar(x: Any) -> jax.Array:
     return value
 
 
-def _aligned(
-    grads: optax.Updates, params: optax.Params | None, state: _State
+def aligned(
+    grads: optax.Updates, params: optax.Params | None, reference: optax.Params
 ) -> tuple[optax.Updates, optax.Params]:
+    """Gradients and parameters in the containers of the state's trees."""
     if params is None:
         raise ValueError(NO_PARAMS_MSG)
-    reference = state.synapses.reference
     return (
         jax.tree.map(jnp.asarray, align(grads, reference, "updates")),
         align(params, reference, "params"),

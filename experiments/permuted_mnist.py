@@ -1,0 +1,319 @@
+"""Permuted MNIST, the paper's Figs. 4 and 5: ``python -m experiments.permuted_mnist``.
+
+Ten tasks, the digits seen through ten permutations of their pixels, for one readout.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, ClassVar, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from matplotlib.figure import Figure
+
+import si_jax
+from experiments import command, driver
+from experiments.record import Record, aligned, cell, is_first, summarize
+from experiments.split_mnist import NAMES, check_strengths
+from si_jax import data, ewc, figures, metrics, tasks
+from si_jax.models import MLP
+from si_jax.train import Learner, learner
+
+Method = Literal["si", "fine-tuning", "ewc", "sgd", "sgd+dropout", "joint", "single"]
+LAYERS = {
+    "params/Dense_0/kernel": "First hidden layer",
+    "params/Dense_1/kernel": "Second hidden layer",
+}
+TRAIN_EVALUATED = 10_000  # of each task's training examples, to evaluate on
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting(command.Options):
+    """The network, its tasks and their training, whatever the method."""
+
+    data: Literal["tfds", "mnist5k"] = "tfds"
+    """MNIST itself through TFDS, or 5,000 of its digits that need no download."""
+    tasks: int = 10
+    """Permutations of the pixels; the first leaves the digits as they are."""
+    epochs: int = 20
+    """Passes over each task."""
+    batch_size: int = 256
+    """Examples a step."""
+    learning_rate: float = 1e-3
+    """Adam's."""
+    hidden: tuple[int, ...] = (2000, 2000)
+    """Widths of the hidden layers."""
+    damping: float = 0.1
+    """ξ of eq. 5."""
+    fisher_examples: int = 1000
+    """Of each task, for EWC's Fisher information."""
+
+    def __post_init__(self):
+        """Refuse values that make no sense."""
+        self.check(
+            positive=("learning_rate", "damping"),
+            at_least_1=("epochs", "batch_size", "tasks", "fisher_examples"),
+        )
+        if min(self.hidden, default=1) < 1:
+            raise ValueError(f"hidden widths must be at least 1, got {self.hidden}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(Setting):
+    """Permuted MNIST (Figs. 4 and 5): one task after the other, several methods."""
+
+    methods: tuple[Method, ...] = (
+        "si",
+        "fine-tuning",
+        "ewc",
+        "single",
+        "joint",
+        "sgd",
+        "sgd+dropout",
+    )
+    """What to run; more can be added later in the same --out."""
+    seeds: int = 1
+    """Runs of each method, with the seeds 0, 1, …"""
+    strengths: tuple[float, ...] = (0.1,)
+    """c of eq. 4, a method each."""
+    ewc_strengths: tuple[float, ...] = (100.0,)
+    """EWC's c = λ/2, a method each."""
+    sgd_learning_rate: float = 0.1
+    """Of plain SGD."""
+    dropout: float = 0.5
+    """Of the hidden layers, for SGD with dropout."""
+
+    PICKS: ClassVar[tuple[str, ...]] = ("methods", "strengths", "ewc_strengths")
+
+    def __post_init__(self):
+        """Refuse values that make no sense."""
+        super().__post_init__()
+        self.check(positive=("sgd_learning_rate",), at_least_1=("seeds",))
+        check_strengths(self.strengths)
+        check_strengths(self.ewc_strengths)
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
+
+
+def make_learner(
+    config: Setting,
+    optimizer: optax.GradientTransformation | None = None,
+    *,
+    dropout: float = 0.0,
+    elastic: bool = False,
+    remember: int = 0,
+) -> Callable[..., Learner]:
+    """The pieces of a run as a function of the hyperparameters that may be swept.
+
+    Synaptic Intelligence watches every method; at strength 0 it only measures.
+    """
+    model = MLP(config.hidden, 10, dropout=dropout)
+    inner = optimizer or optax.adam(config.learning_rate)
+
+    def make(
+        strength: jax.Array, damping: jax.Array, ewc_strength: jax.Array
+    ) -> Learner:
+        link = ewc.elastic_weight_consolidation(ewc_strength)
+        method = optax.chain(link, inner) if elastic else inner
+        return learner(
+            model,
+            si_jax.with_synaptic_intelligence(method, strength, damping),
+            (28, 28, 1),
+            batch_size=config.batch_size,
+            reset_optimizer=False,
+            dropout=dropout > 0,
+            fisher_examples=config.fisher_examples if elastic else 0,
+            remember=remember,
+        )
+
+    return make
+
+
+def make_problem(config: Setting) -> driver.Problem:
+    """The tasks, one after the other."""
+    digits = data.load("mnist", config.data, config.data_dir)
+    train, test = (
+        tasks.permuted(len(examples.labels), config.tasks, digits.classes)
+        for examples in (digits.train, digits.test)
+    )
+    evaluated = train._replace(
+        rows=train.rows[:, :TRAIN_EVALUATED],
+        size=jnp.minimum(train.size, TRAIN_EVALUATED),
+    )
+    return driver.Problem(
+        digits.train, digits.test, evaluated, test, train, permutations=config.tasks
+    )
+
+
+def names(config: Config) -> dict[str, tuple[Method, float]]:
+    """The methods that the configuration asks for, by name, with their strength c."""
+    found: dict[str, tuple[Method, float]] = {}
+    for method in config.methods:
+        if method in ("si", "ewc"):
+            all_c = config.strengths if method == "si" else config.ewc_strengths
+            found |= {f"{method} c={c:g}": (method, c) for c in all_c}
+        else:
+            found[method] = (method, 0.0)
+    return found
+
+
+def arm(
+    method: Method, config: Config, problem: driver.Problem
+) -> tuple[Callable[..., Learner], driver.Problem]:
+    """How a method learns, and what."""
+    sgd = optax.sgd(config.sgd_learning_rate)
+    match method:
+        case "si" | "fine-tuning":
+            return make_learner(config, remember=config.tasks), problem
+        case "ewc":
+            return make_learner(config, elastic=True), problem
+        case "sgd":
+            return make_learner(config, sgd), problem
+        case "sgd+dropout":
+            return make_learner(config, sgd, dropout=config.dropout), problem
+        case "joint":
+            everything = tasks.together(problem.stages or problem.train_tasks)
+            return make_learner(config), problem._replace(stages=everything)
+        case "single":
+            train, test, stages = (
+                jax.tree.map(lambda x: x[:1], stack)
+                for stack in (problem.train_tasks, problem.test_tasks, problem.stages)
+            )
+            first = problem._replace(
+                train_tasks=train, test_tasks=test, stages=stages, permutations=1
+            )
+            return make_learner(config), first
+
+
+def run(config: Config) -> None:
+    """Run every method that is not finished, then print and draw all of them."""
+    record = Record("permuted_mnist", config, default=config.data)
+    todo = {k: v for k, v in names(config).items() if k not in record.runs}
+    if todo:
+        problem = make_problem(config)
+    elif is_first():
+        print(f"Finished before: the results are those in {record.folder}.")
+    for name, (method, strength) in todo.items():
+        make, learned = arm(method, config, problem)
+        values = {
+            "strength": 0.0 if method == "ewc" else strength,
+            "damping": config.damping,
+            "ewc_strength": strength,
+        }
+        result = driver.run(
+            make,
+            {key: [value] * config.seeds for key, value in values.items()},
+            range(config.seeds),
+            learned,
+            epochs=config.epochs,
+            method=name,
+            record=record,
+            options=config,
+        )
+        record.add(name, result, summary(result))
+    if is_first():
+        report(config, record)
+
+
+def summary(run: dict[str, Any]) -> dict[str, Any]:
+    """The usual measures; of ω, how each task's correlates with the earlier ones'."""
+    found = summarize(run)
+    if "correlations" in run:
+        found["correlation_with_earlier_tasks"] = {
+            layer: with_earlier(run["correlations"][layer]) for layer in LAYERS
+        }
+    return found
+
+
+def with_earlier(correlations: Any) -> np.ndarray:
+    """``(tasks - 1,)``: the mean correlation of each task's ω with the earlier ones'."""
+    mean = np.asarray(correlations).mean(0)
+    return np.array([row[:i].mean() for i, row in enumerate(mean) if i])
+
+
+def report(config: Config, record: Record) -> None:
+    """Print and draw the finished methods."""
+    runs, name = record.runs, NAMES[config.data]
+    print(
+        f"\nPermuted {name}: test accuracy, average over the tasks so far, "
+        f"mean ± SEM, n = {config.seeds}"
+    )
+    print(table(runs))
+    correlated = {k: v["correlations"] for k, v in runs.items() if "correlations" in v}
+    if correlated and config.tasks > 1:
+        print("\nCorrelation of each task's ω with the earlier tasks', on average")
+        print(correlation_table(correlated))
+        record.save("permuted_mnist_correlations", correlation_figure(correlated))
+    seconds = ", ".join(f"{k} {v['seconds']:.0f} s" for k, v in runs.items())
+    print(f"\nTook {seconds}. Everything is in {record.folder}.")
+    record.save("permuted_mnist", figure(runs, name, config.seeds))
+
+
+def so_far(runs: dict[str, Any]) -> dict[str, np.ndarray]:
+    """``(seeds, tasks)`` of the methods that learn one task after the other."""
+    return {
+        method: np.asarray(metrics.average_accuracy_so_far(run["test"]))
+        for method, run in runs.items()
+        if method not in ("joint", "single")
+    }
+
+
+def table(runs: dict[str, Any]) -> str:
+    """A row a number of tasks learned, a column a method."""
+    count = max(np.shape(run["test"])[2] for run in runs.values())
+    columns = [["tasks", *map(str, range(1, count + 1))]]
+    for method, run in runs.items():
+        cells = [""] * count
+        if method in ("joint", "single"):
+            cells[-1 if method == "joint" else 0] = cell(
+                metrics.average_accuracy(run["test"])
+            )
+        else:
+            cells = [cell(values) for values in so_far({method: run})[method].T]
+        columns.append([method, *cells])
+    return aligned(list(zip(*columns, strict=True)))
+
+
+def correlation_table(correlated: dict[str, Any]) -> str:
+    """A row a task, a column a layer of a method."""
+    columns = []
+    for method, layers in correlated.items():
+        for layer, title in LAYERS.items():
+            values = with_earlier(layers[layer])
+            numbers = [f"{value:.3f}" for value in values]
+            columns.append([f"{method}, {title.split()[0].lower()} layer", *numbers])
+    tasks = ["task", *map(str, range(2, len(columns[0]) + 1))]
+    return aligned(list(zip(tasks, *columns, strict=True)))
+
+
+def figure(runs: dict[str, Any], name: str, seeds: int) -> Figure:
+    """Fig. 4 of the finished methods, on the test set."""
+    controls = {
+        method: np.asarray(metrics.average_accuracy(runs[method]["test"]))
+        for method in ("single", "joint")
+        if method in runs
+    }
+    return figures.average_accuracy(
+        so_far(runs),
+        **controls,
+        suptitle=f"Permuted {name}, test accuracy, mean ± SEM, n = {seeds}",
+    )
+
+
+def correlation_figure(correlated: dict[str, Any]) -> Figure:
+    """Fig. 5 of the methods whose ω was kept."""
+    return figures.correlations(
+        {
+            method: {
+                title: np.asarray(layers[layer]).mean(0)
+                for layer, title in LAYERS.items()
+            }
+            for method, layers in correlated.items()
+        }
+    )
+
+
+if __name__ == "__main__":
+    command.main(Config, "permuted_mnist", run)

@@ -1,0 +1,280 @@
+"""Elastic weight consolidation (EWC), the method that the paper compares SI with.
+
+Kirkpatrick et al., "Overcoming catastrophic forgetting in neural networks", PNAS 2017
+(https://arxiv.org/abs/1612.00796). It pulls parameters back with the quadratic
+surrogate loss of Synaptic Intelligence, eq. 4 there,
+
+    c Σ F (θ̃ − θ)²,  with c = λ/2 for their λ;
+
+only where the importance comes from differs: F is the diagonal of the Fisher
+information at the end of a task, computed by :func:`fisher` in a pass of its own.
+
+The penalties of several tasks are one: the sum of F₁ (θ₁ − θ)² and F₂ (θ₂ − θ)² is
+(F₁ + F₂) (θ̃ − θ)², with θ̃ their mean weighted by F, and a constant. So the state does
+not grow with the tasks.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.typing import ArrayLike
+
+from si_jax import transform
+from si_jax.pytrees import align, wide
+
+
+class ElasticWeightConsolidationState(NamedTuple):
+    """State of :func:`elastic_weight_consolidation`.
+
+    Attributes:
+      importance: ΣF over the finished tasks; float32 at least. Changes at a task's end.
+      reference: θ̃, where the surrogate loss is smallest; the dtype of ``importance``,
+        as it is a mean. Changes at a task's end.
+      strength: c = λ/2 in force at the last update, a scalar; a record, to be set where
+        the transformation is made.
+      decay: γ of online EWC, likewise; 1 without.
+      online: whether it is online EWC, a boolean scalar.
+    """
+
+    importance: optax.Params
+    reference: optax.Params
+    strength: jax.Array
+    decay: jax.Array
+    online: jax.Array
+
+
+def elastic_weight_consolidation(
+    strength: ArrayLike, *, decay: ArrayLike | None = None
+) -> optax.GradientTransformationExtraArgs:
+    r"""EWC as the first link of an optax chain.
+
+    Adds the gradient of the surrogate loss to that of the task,
+
+    .. math::
+
+      g_k \leftarrow g_k + 2\,c\,F_k\,(\theta_k - \tilde\theta_k).
+
+    Pass the gradient of the task's loss alone; there is nothing to add to the loss. At
+    every task's end compute the :func:`fisher` of it and :func:`consolidate`.
+
+    Args:
+      strength: c = λ/2, at least 0. May be traced.
+      decay: ``None`` adds the tasks' penalties exactly. A number γ in (0, 1] is online
+        EWC (Schwarz et al., 2018): F ← γF + F of the new task, and θ̃ the parameters at
+        the last task's end.
+
+    Returns:
+      An :class:`optax.GradientTransformationExtraArgs` whose state is an
+      :class:`ElasticWeightConsolidationState`.
+
+    Raises:
+      ValueError: for a negative ``strength`` or a ``decay`` outside of (0, 1] (when
+        they are concrete), an update without ``params`` or with trees that do not fit
+        the state.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> from si_jax import ewc
+      >>> link = ewc.elastic_weight_consolidation(strength=0.5)
+      >>> tx = optax.chain(link, optax.sgd(0.25))
+      >>> params = jnp.array([1.0, 1.0])
+      >>> opt_state = tx.init(params)
+      >>> opt_state = ewc.consolidate(opt_state, params, jnp.array([4.0, 0.0]))
+      >>> params = jnp.array([2.0, 2.0])
+      >>> updates, opt_state = tx.update(jnp.zeros(2), opt_state, params)
+      >>> print(updates)  # −0.25 × 2 × 0.5 × 4 × (2 − 1), and 0: of no importance
+      [-1.  0.]
+
+    References:
+      Kirkpatrick et al., `Overcoming catastrophic forgetting in neural networks
+      <https://arxiv.org/abs/1612.00796>`_, PNAS 2017; Schwarz et al., `Progress &
+      Compress <https://arxiv.org/abs/1805.06370>`_, ICML 2018
+    """
+    transform.check_strength(strength)
+    gamma = 1.0 if decay is None else decay
+    concrete = transform.number("decay", gamma)
+    if concrete is not None and not 0 < concrete <= 1:
+        raise ValueError(f"decay (γ of online EWC) must be in (0, 1], got {decay}.")
+
+    def hyperparameters() -> tuple[jax.Array, jax.Array, jax.Array]:
+        dtype = jnp.result_type(float)
+        return (
+            jnp.array(strength, dtype),
+            jnp.array(gamma, dtype),
+            jnp.array(decay is not None),
+        )
+
+    def init_fn(params: optax.Params) -> ElasticWeightConsolidationState:
+        transform.check_real(params)
+        return ElasticWeightConsolidationState(
+            transform.zeros_wide(params),
+            jax.tree.map(lambda p: jnp.array(wide(p)), params),
+            *hyperparameters(),
+        )
+
+    def update_fn(
+        updates: optax.Updates,
+        state: ElasticWeightConsolidationState,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, ElasticWeightConsolidationState]:
+        del extra_args
+        grads, params = transform.aligned(updates, params, state.reference)
+        importance, reference = state.importance, state.reference
+        c, gamma, online = hyperparameters()
+        pulled = transform.pull_back(grads, params, importance, reference, c)
+        return pulled, ElasticWeightConsolidationState(
+            importance, reference, c, gamma, online
+        )
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def consolidate(
+    opt_state: optax.OptState, params: optax.Params, importance: optax.Params
+) -> optax.OptState:
+    """Close a task: merge its penalty, from ``importance`` and ``params``, into EWC's.
+
+    Pure; finds EWC by type wherever it sits inside ``opt_state``, as
+    :func:`si_jax.consolidate` finds Synaptic Intelligence.
+
+    Args:
+      opt_state: the state of an optimizer that contains
+        :func:`elastic_weight_consolidation`.
+      params: the parameters at the task's end.
+      importance: F, from :func:`fisher`; a tree of arrays at least 0, like ``params``.
+
+    Returns:
+      ``opt_state``, consolidated, of the same structure, shapes and dtypes.
+
+    Raises:
+      ValueError: if there is no EWC in ``opt_state``, or the trees do not fit it.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from si_jax import ewc
+      >>> tx = ewc.elastic_weight_consolidation(strength=1.0)
+      >>> state = tx.init(jnp.zeros(1))
+      >>> state = ewc.consolidate(state, jnp.array([1.0]), jnp.array([1.0]))
+      >>> state = ewc.consolidate(state, jnp.array([5.0]), jnp.array([3.0]))
+      >>> print(state.importance, state.reference)  # 1 + 3, (1 × 1 + 3 × 5) / (1 + 3)
+      [4.] [4.]
+    """
+
+    def is_elastic(x: Any) -> bool:
+        return isinstance(x, ElasticWeightConsolidationState)
+
+    def merge(state: Any) -> Any:
+        if not is_elastic(state):
+            return state
+        new = align(importance, state.reference, "importance")
+        theta = align(params, state.reference, "params")
+        decay, online = transform.scalar(state.decay), transform.scalar(state.online)
+
+        def summed(old, f):
+            return decay.astype(old.dtype) * old + f.astype(old.dtype)
+
+        def centred(ref, total, f, p):
+            share = jnp.where(total > 0, f.astype(ref.dtype) / total, 1)
+            share = jnp.where(online, jnp.ones_like(share), share)
+            return ref + share * (p.astype(ref.dtype) - ref)
+
+        total = jax.tree.map(summed, state.importance, new)
+        return state._replace(
+            importance=total,
+            reference=jax.tree.map(centred, state.reference, total, new, theta),
+        )
+
+    if not any(map(is_elastic, jax.tree.leaves(opt_state, is_leaf=is_elastic))):
+        raise ValueError(
+            "opt_state holds no EWC: build the optimizer with "
+            "ewc.elastic_weight_consolidation, and pass the state that its init and "
+            "update return."
+        )
+    return jax.tree.map(merge, opt_state, is_leaf=is_elastic)
+
+
+def fisher(
+    logits: Callable[[optax.Params, Any], jax.Array],
+    params: optax.Params,
+    inputs: Any,
+    key: jax.Array | None = None,
+    *,
+    labels: ArrayLike | None = None,
+    chunk_size: int = 16,
+) -> optax.Params:
+    r"""The diagonal of the Fisher information, from the gradients of single examples.
+
+    .. math::
+
+      F_k = \frac{1}{n} \sum_i \left(
+        \frac{\partial \log p(y_i \mid x_i; \theta)}{\partial \theta_k} \right)^2,
+        \qquad y_i \sim p(\cdot \mid x_i; \theta)
+
+    (The square of a batch's mean gradient, often taken for it, is something else: near
+    a minimum it vanishes, whatever the curvature.)
+
+    Args:
+      logits: ``(params, input) → logits (classes,)`` of one example, which may be −∞
+        for classes that take no part.
+      params: where to compute it.
+      inputs: arrays with a leading axis over the n examples.
+      key: to sample a label for each example from the model.
+      labels: int ``(n,)``; given instead of ``key``, it is the "empirical Fisher" of
+        these labels, which is not the Fisher information.
+      chunk_size: how many examples' gradients to hold at once.
+
+    Returns:
+      A tree like ``params``, float32 at least.
+
+    Raises:
+      ValueError: if not exactly one of ``key`` and ``labels`` is given, or there are no
+        inputs.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from si_jax import ewc
+      >>> two_classes = lambda w, x: jnp.stack([w * x, 0 * x])
+      >>> inputs = jnp.full(1000, 2.0)
+      >>> f = ewc.fisher(two_classes, jnp.array(0.0), inputs, jax.random.key(0))
+      >>> print(f)  # x² p (1 − p) = 2² × ½ × ½
+      1.0
+    """
+    if (key is None) == (labels is None):
+        raise ValueError(
+            "give either a key, to sample labels from the model, or labels."
+        )
+    n = len(jax.tree.leaves(inputs)[0])
+    if n == 0:
+        raise ValueError("there are no inputs.")
+    targets = jnp.asarray(labels) if key is None else jax.random.split(key, n)
+
+    def squared_gradient(x, target):
+        def log_likelihood(p):
+            out = logits(p, x)
+            y = target if key is None else jax.random.categorical(target, out)
+            return jax.nn.log_softmax(out)[y]
+
+        return jax.tree.map(
+            lambda g: jnp.square(wide(g)), jax.grad(log_likelihood)(params)
+        )
+
+    def add_chunk(total, chunk):
+        squares = jax.vmap(squared_gradient)(*chunk)
+        return jax.tree.map(lambda t, s: t + s.sum(0), total, squares), None
+
+    whole = n - n % chunk_size
+    total = transform.zeros_wide(params)
+    if whole:
+        chunks = jax.tree.map(
+            lambda x: x[:whole].reshape(-1, chunk_size, *x.shape[1:]),
+            (inputs, targets),
+        )
+        total, _ = jax.lax.scan(add_chunk, total, chunks)
+    if whole < n:
+        rest = jax.tree.map(lambda x: x[whole:], (inputs, targets))
+        total, _ = add_chunk(total, rest)
+    return jax.tree.map(lambda x: x / n, total)
