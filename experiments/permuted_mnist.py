@@ -22,17 +22,25 @@ from si_jax.models import MLP
 from si_jax.train import Learner, learner
 
 Method = Literal["si", "fine-tuning", "ewc", "sgd", "sgd+dropout", "joint", "single"]
-LAYERS = {
-    "params/Dense_0/kernel": "First hidden layer",
-    "params/Dense_1/kernel": "Second hidden layer",
-}
 TRAIN_EVALUATED = 10_000  # of each task's training examples, to evaluate on
 
 
 @dataclasses.dataclass(frozen=True)
-class Setting(command.Options):
-    """The network, its tasks and their training, whatever the method."""
+class Config(command.Options):
+    """Permuted MNIST (Figs. 4 and 5): one task after the other, several methods."""
 
+    methods: tuple[Method, ...] = (
+        "si",
+        "fine-tuning",
+        "ewc",
+        "single",
+        "joint",
+        "sgd",
+        "sgd+dropout",
+    )
+    """What to run; more can be added later in the same --out."""
+    seeds: int = 1
+    """Runs of each method, with the seeds 0, 1, …"""
     data: Literal["tfds", "mnist5k"] = "tfds"
     """MNIST itself through TFDS, or 5,000 of its digits that need no download."""
     tasks: int = 10
@@ -49,33 +57,6 @@ class Setting(command.Options):
     """ξ of eq. 5."""
     fisher_examples: int = 1000
     """Of each task, for EWC's Fisher information."""
-
-    def __post_init__(self):
-        """Refuse values that make no sense."""
-        self.check(
-            positive=("learning_rate", "damping"),
-            at_least_1=("epochs", "batch_size", "tasks", "fisher_examples"),
-        )
-        if min(self.hidden, default=1) < 1:
-            raise ValueError(f"hidden widths must be at least 1, got {self.hidden}")
-
-
-@dataclasses.dataclass(frozen=True)
-class Config(Setting):
-    """Permuted MNIST (Figs. 4 and 5): one task after the other, several methods."""
-
-    methods: tuple[Method, ...] = (
-        "si",
-        "fine-tuning",
-        "ewc",
-        "single",
-        "joint",
-        "sgd",
-        "sgd+dropout",
-    )
-    """What to run; more can be added later in the same --out."""
-    seeds: int = 1
-    """Runs of each method, with the seeds 0, 1, …"""
     strengths: tuple[float, ...] = (0.1,)
     """c of eq. 4, a method each."""
     ewc_strengths: tuple[float, ...] = (100.0,)
@@ -84,21 +65,28 @@ class Config(Setting):
     """Of plain SGD."""
     dropout: float = 0.5
     """Of the hidden layers, for SGD with dropout."""
+    held_out: float = 0.0
+    """Fraction of the training set to choose c on, in the test set's place; 0: none."""
 
     PICKS: ClassVar[tuple[str, ...]] = ("methods", "strengths", "ewc_strengths")
 
     def __post_init__(self):
         """Refuse values that make no sense."""
-        super().__post_init__()
-        self.check(positive=("sgd_learning_rate",), at_least_1=("seeds",))
+        self.check(
+            positive=("learning_rate", "damping", "sgd_learning_rate"),
+            at_least_1=("seeds", "epochs", "batch_size", "tasks", "fisher_examples"),
+        )
+        if min(self.hidden, default=1) < 1:
+            raise ValueError(f"hidden widths must be at least 1, got {self.hidden}")
         check_strengths(self.strengths)
         check_strengths(self.ewc_strengths)
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
+        for name in ("dropout", "held_out"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
 
 
 def make_learner(
-    config: Setting,
+    config: Config,
     optimizer: optax.GradientTransformation | None = None,
     *,
     dropout: float = 0.0,
@@ -131,9 +119,10 @@ def make_learner(
     return make
 
 
-def make_problem(config: Setting) -> driver.Problem:
+def make_problem(config: Config) -> driver.Problem:
     """The tasks, one after the other."""
     digits = data.load("mnist", config.data, config.data_dir)
+    digits = data.hold_out(digits, config.held_out)
     train, test = (
         tasks.permuted(len(examples.labels), config.tasks, digits.classes)
         for examples in (digits.train, digits.test)
@@ -189,7 +178,8 @@ def arm(
 
 def run(config: Config) -> None:
     """Run every method that is not finished, then print and draw all of them."""
-    record = Record("permuted_mnist", config, default=config.data)
+    folder = f"{config.data}-held-out" if config.held_out else config.data
+    record = Record("permuted_mnist", config, default=folder)
     todo = {k: v for k, v in names(config).items() if k not in record.runs}
     if todo:
         problem = make_problem(config)
@@ -222,14 +212,20 @@ def summary(run: dict[str, Any]) -> dict[str, Any]:
     found = summarize(run)
     if "correlations" in run:
         found["correlation_with_earlier_tasks"] = {
-            layer: with_earlier(run["correlations"][layer]) for layer in LAYERS
+            layer: with_earlier(values) for layer, values in hidden_layers(run).items()
         }
     return found
 
 
-def with_earlier(correlations: Any) -> np.ndarray:
-    """``(tasks - 1,)``: the mean correlation of each task's ω with the earlier ones'."""
-    mean = np.asarray(correlations).mean(0)
+def hidden_layers(run: dict[str, Any]) -> dict[str, np.ndarray]:
+    """``(seeds, tasks, tasks)``, the correlations of ω in each hidden layer's kernel."""
+    *hidden, _ = run["correlations"].values()
+    return {f"layer {i}": np.asarray(x) for i, x in enumerate(hidden, start=1)}
+
+
+def with_earlier(correlations: np.ndarray) -> np.ndarray:
+    """``(tasks - 1,)``: each task's mean correlation of ω with the earlier tasks."""
+    mean = correlations.mean(0)
     return np.array([row[:i].mean() for i, row in enumerate(mean) if i])
 
 
@@ -241,14 +237,15 @@ def report(config: Config, record: Record) -> None:
         f"mean ± SEM, n = {config.seeds}"
     )
     print(table(runs))
-    correlated = {k: v["correlations"] for k, v in runs.items() if "correlations" in v}
+    correlated = {k: hidden_layers(v) for k, v in runs.items() if "correlations" in v}
     if correlated and config.tasks > 1:
         print("\nCorrelation of each task's ω with the earlier tasks', on average")
         print(correlation_table(correlated))
         record.save("permuted_mnist_correlations", correlation_figure(correlated))
     seconds = ", ".join(f"{k} {v['seconds']:.0f} s" for k, v in runs.items())
     print(f"\nTook {seconds}. Everything is in {record.folder}.")
-    record.save("permuted_mnist", figure(runs, name, config.seeds))
+    if so_far(runs):
+        record.save("permuted_mnist", figure(runs, name, config.seeds))
 
 
 def so_far(runs: dict[str, Any]) -> dict[str, np.ndarray]:
@@ -276,14 +273,13 @@ def table(runs: dict[str, Any]) -> str:
     return aligned(list(zip(*columns, strict=True)))
 
 
-def correlation_table(correlated: dict[str, Any]) -> str:
+def correlation_table(correlated: dict[str, dict[str, np.ndarray]]) -> str:
     """A row a task, a column a layer of a method."""
-    columns = []
-    for method, layers in correlated.items():
-        for layer, title in LAYERS.items():
-            values = with_earlier(layers[layer])
-            numbers = [f"{value:.3f}" for value in values]
-            columns.append([f"{method}, {title.split()[0].lower()} layer", *numbers])
+    columns = [
+        [f"{method}, {layer}", *(f"{x:.3f}" for x in with_earlier(values))]
+        for method, layers in correlated.items()
+        for layer, values in layers.items()
+    ]
     tasks = ["task", *map(str, range(2, len(columns[0]) + 1))]
     return aligned(list(zip(tasks, *columns, strict=True)))
 
@@ -298,18 +294,15 @@ def figure(runs: dict[str, Any], name: str, seeds: int) -> Figure:
     return figures.average_accuracy(
         so_far(runs),
         **controls,
-        suptitle=f"Permuted {name}, test accuracy, mean ± SEM, n = {seeds}",
+        suptitle=f"Permuted {name}\ntest accuracy, mean ± SEM, n = {seeds}",
     )
 
 
-def correlation_figure(correlated: dict[str, Any]) -> Figure:
+def correlation_figure(correlated: dict[str, dict[str, np.ndarray]]) -> Figure:
     """Fig. 5 of the methods whose ω was kept."""
     return figures.correlations(
         {
-            method: {
-                title: np.asarray(layers[layer]).mean(0)
-                for layer, title in LAYERS.items()
-            }
+            method: {f"Hidden {layer}": x.mean(0) for layer, x in layers.items()}
             for method, layers in correlated.items()
         }
     )

@@ -107,9 +107,10 @@ def make_learner(
     return make
 
 
-def make_problem(config: Setting) -> driver.Problem:
-    """The five tasks."""
+def make_problem(config: Setting, held_out: float = 0.0) -> driver.Problem:
+    """The five tasks, tested on a part of the training set if it is held out."""
     digits = data.load("mnist", config.data, config.data_dir)
+    digits = data.hold_out(digits, held_out)
     return driver.Problem(
         digits.train,
         digits.test,

@@ -10,8 +10,7 @@ from matplotlib.figure import Figure
 
 from experiments import command, driver, split_mnist
 from experiments.record import Record, is_first, table
-from si_jax import figures, metrics, tasks
-from si_jax.data import Examples
+from si_jax import figures, metrics
 
 GRID = "grid"
 
@@ -45,21 +44,6 @@ class Config(split_mnist.Setting):
             raise ValueError(f"dampings must be > 0, got {self.dampings}")
 
 
-def hold_out(problem: driver.Problem, fraction: float) -> driver.Problem:
-    """A part of the training set takes the test set's place: a fixed, random one."""
-    images, labels = problem.train
-    order = np.random.default_rng(0).permutation(len(labels))
-    held = round(fraction * len(labels))
-
-    def part(rows: np.ndarray) -> tuple[Examples, tasks.Task]:
-        examples = Examples(images[rows], labels[rows])
-        groups, outputs = split_mnist.GROUPS, problem.train_tasks.classes.shape[-1]
-        return examples, tasks.split_classes(examples.labels, groups, outputs)
-
-    (train, train_tasks), (test, test_tasks) = part(order[held:]), part(order[:held])
-    return driver.Problem(train, test, train_tasks, test_tasks)
-
-
 def choose(accuracy: np.ndarray) -> tuple[int, int]:
     """The point of the best mean: ``(seeds, strengths, dampings)`` to two indices."""
     mean = accuracy.mean(axis=0)
@@ -90,7 +74,7 @@ def run(config: Config) -> None:
             *itertools.product(range(config.seeds), config.strengths, config.dampings),
             strict=True,
         )
-        held = hold_out(split_mnist.make_problem(config), config.held_out)
+        held = split_mnist.make_problem(config, config.held_out)
         grid = train(GRID, seeds, strengths, dampings, held)
         record.add(GRID, grid, summary={"axes": ["seed", "strength", "damping"]})
     held_out = np.asarray(record.runs[GRID]["test"])

