@@ -218,7 +218,7 @@ def summary(run: dict[str, Any]) -> dict[str, Any]:
 
 
 def hidden_layers(run: dict[str, Any]) -> dict[str, np.ndarray]:
-    """``(seeds, tasks, tasks)``, the correlations of ω in each hidden layer's kernel."""
+    """``(seeds, tasks, tasks)``: correlations of ω in each hidden layer's kernel."""
     *hidden, _ = run["correlations"].values()
     return {f"layer {i}": np.asarray(x) for i, x in enumerate(hidden, start=1)}
 

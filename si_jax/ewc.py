@@ -85,8 +85,8 @@ def elastic_weight_consolidation(
       >>> opt_state = ewc.consolidate(opt_state, params, jnp.array([4.0, 0.0]))
       >>> params = jnp.array([2.0, 2.0])
       >>> updates, opt_state = tx.update(jnp.zeros(2), opt_state, params)
-      >>> print(updates)  # −0.25 × 2 × 0.5 × 4 × (2 − 1), and 0: of no importance
-      [-1.  0.]
+      >>> print(params + updates)  # 2 − 0.25 × 2 × 0.5 × 4 × (2 − 1); the other is free
+      [1. 2.]
 
     References:
       Kirkpatrick et al., `Overcoming catastrophic forgetting in neural networks

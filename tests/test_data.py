@@ -275,3 +275,17 @@ def test_real_mnist_through_tfds(monkeypatch):
     five = data.load("mnist", source="mnist5k")
     for part in (five.train, five.test):
         assert all(x.tobytes() in every for x in part.images), "a subset of MNIST"
+
+
+def test_held_out_examples_come_from_the_training_set_and_are_not_trained_on():
+    labels = np.arange(600, dtype=np.int32) % 10
+    images = np.arange(600)[:, None, None, None].astype(np.uint16)
+    whole = data.Dataset(
+        "numbers", 10, Examples(images, labels), Examples(images + 1000, labels)
+    )
+    held = data.hold_out(whole, 1 / 6)
+    trained, evaluated = held.train.images.ravel(), held.test.images.ravel()
+    assert len(evaluated) == 100
+    assert sorted([*trained, *evaluated]) == list(range(600)), "and no test example"
+    np.testing.assert_array_equal(held.test.labels, evaluated % 10)
+    assert data.hold_out(whole, 0.0) is whole

@@ -148,7 +148,7 @@ def test_online_ewc_forgets_gracefully():
     assert state.reference.tolist() == [3.0]
 
 
-def boundary(tx, opt_state, params):
+def boundary(_, opt_state, params):
     return ewc.consolidate(opt_state, params, random_tree(1, positive=True))
 
 
@@ -159,7 +159,7 @@ def test_off_it_is_the_plain_optimizer(name):
     on = optax.chain(ewc.elastic_weight_consolidation(5.0), inner)
     plain, off, on = (
         train(tx, init(), tasks=2, boundary=end)
-        for tx, end in ((inner, lambda _, s, p: s), (off, boundary), (on, boundary))
+        for tx, end in ((inner, lambda *args: args[1]), (off, boundary), (on, boundary))
     )
     for task in range(2):
         jax.tree.map(
@@ -257,8 +257,14 @@ def test_narrow_parameters_keep_a_wide_memory_and_their_dtype():
     ("make", "message"),
     [
         (lambda: ewc.elastic_weight_consolidation(-1.0), "strength .* must be >= 0"),
-        (lambda: ewc.elastic_weight_consolidation(1.0, decay=0.0), r"decay .* \(0, 1\]"),
-        (lambda: ewc.elastic_weight_consolidation(1.0, decay=1.5), r"decay .* \(0, 1\]"),
+        (
+            lambda: ewc.elastic_weight_consolidation(1.0, decay=0.0),
+            r"decay .* \(0, 1\]",
+        ),
+        (
+            lambda: ewc.elastic_weight_consolidation(1.0, decay=1.5),
+            r"decay .* \(0, 1\]",
+        ),
         (lambda: ewc.consolidate(optax.sgd(1).init(init()), init(), init()), "no EWC"),
         (
             lambda: ewc.consolidate(LINK.init(init()), init(), {"kernel": jnp.ones(3)}),

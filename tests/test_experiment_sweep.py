@@ -2,24 +2,7 @@ import numpy as np
 import pytest
 
 from experiments import benchmark_sweep, command, split_mnist, sweep
-from experiments.driver import Problem
-from si_jax import figures, tasks
-from si_jax.data import Examples
-
-LABELS = np.arange(600, dtype=np.int32) % 10
-TRAIN = Examples(np.arange(600)[:, None, None, None].astype(np.uint16), LABELS)
-TEST = Examples(TRAIN.images + 1000, LABELS)
-TASK = tasks.split_classes(LABELS, split_mnist.GROUPS, 10)
-
-
-def test_held_out_examples_come_from_the_training_set_and_are_not_trained_on():
-    held = sweep.hold_out(Problem(TRAIN, TEST, TASK, TASK), 1 / 6)
-    trained, evaluated = held.train.images.ravel(), held.test.images.ravel()
-    assert len(evaluated) == 100
-    assert sorted([*trained, *evaluated]) == list(range(600)), "and no test example"
-    np.testing.assert_array_equal(held.test.labels, evaluated % 10)
-    assert held.test_tasks.size.sum() == 100
-    assert held.train_tasks.size.sum() == 500
+from si_jax import figures
 
 
 def test_the_best_mean_is_chosen():

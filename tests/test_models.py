@@ -42,3 +42,23 @@ def test_masked_classes_get_no_probability_and_no_gradient():
     assert gradient[0, 1] == 0
     assert np.isfinite(gradient).all()
     assert mask_logits(logits, classes).argmax(-1) == 2
+
+
+def test_dropout_takes_a_key_and_keeps_the_mean():
+    model = MLP((3000,), 2, dropout=0.25)
+    params = model.init(jax.random.key(0), IMAGES)
+
+    def hidden(**rngs):
+        _, state = model.apply(
+            params, IMAGES, **rngs, capture_intermediates=True, mutable="intermediates"
+        )
+        return state["intermediates"]["Dropout_0"]["__call__"][0]
+
+    plain, dropped = hidden(), hidden(rngs={"dropout": jax.random.key(1)})
+    active = plain > 0
+    kept = dropped[active] > 0
+    assert 0.72 < kept.mean() < 0.78
+    np.testing.assert_allclose(
+        dropped[active][kept], plain[active][kept] / 0.75, rtol=1e-5
+    )
+    np.testing.assert_array_equal(plain, hidden())

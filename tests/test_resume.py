@@ -34,11 +34,11 @@ def command(tmp_path_factory):
     data._write_cache(folder / "si_jax" / "mnist.npz", (examples(4000), examples(500)))
     arguments = ["--data-dir", str(folder), "--seeds", "2", "--epochs", "3"]
     arguments += ["--hidden", "64", "--checkpoint-every", "1"]
-    program = [sys.executable, "-m", "experiments.split_mnist", *arguments]
     cache = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("jax"))}
     cache["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
-    def start(out, *more):
+    def start(out, *more, experiment="split_mnist"):
+        program = [sys.executable, "-m", f"experiments.{experiment}", *arguments]
         return subprocess.Popen(
             [*program, "--out", str(out), *more],
             stdout=subprocess.PIPE,
@@ -94,6 +94,31 @@ def test_killed_at_random_moments(command, through, tmp_path):
     assert kills == 5
     assert accuracies(tmp_path) == accuracies(through)
     assert logged(tmp_path) == logged(through)
+
+
+def test_killed_with_ewc_dropout_and_remembered_omega(command, tmp_path):
+    more = ["--methods", "si", "ewc", "sgd+dropout", "--tasks", "3"]
+    more += ["--batch-size", "100", "--fisher-examples", "50"]
+
+    def start(out):
+        return command(out, *more, experiment="permuted_mnist")
+
+    through, killed = tmp_path / "through", tmp_path / "killed"
+    process = start(through)
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors
+    assert progress(through) == 3 * 9
+    for goal in (4, 13, 22):  # in the midst of each method
+        process = start(killed)
+        while progress(killed) < goal and process.poll() is None:
+            time.sleep(0.005)
+        process.kill()
+        process.communicate()
+    process = start(killed)
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors
+    assert accuracies(killed) == accuracies(through)
+    assert logged(killed) == logged(through)
 
 
 def test_interrupted_and_its_newest_checkpoint_damaged(command, through, tmp_path):

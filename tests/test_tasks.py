@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from si_jax import tasks
+from si_jax.data import Examples
 
 LABELS = np.array([2, 0, 1, 3, 2, 2, 0])
 
@@ -51,3 +52,47 @@ def test_shuffle_is_uniform():
     counts = np.bincount(first, minlength=5)
     assert counts[4] == 0
     np.testing.assert_allclose(counts[:4], 1000, atol=120)  # 4.4 standard deviations
+
+
+IMAGES = np.arange(5 * 6, dtype=np.uint8).reshape(5, 2, 3, 1)
+DIGITS = Examples(IMAGES, np.array([3, 1, 4, 1, 5], np.int32))
+
+
+def test_permuted_rows_show_every_image_through_one_permutation():
+    seen = tasks.permute(DIGITS, jax.random.key(0), 3)
+    split = tasks.permuted(5, 3, outputs=6)
+    assert split.classes.all()
+    assert split.size.tolist() == [5, 5, 5]
+    for pixels, rows in zip(np.asarray(seen.pixels), split.rows, strict=True):
+        assert sorted(pixels) == list(range(6))
+        images, labels = tasks.look_up(seen, rows)
+        assert images.shape == IMAGES.shape
+        np.testing.assert_array_equal(labels, DIGITS.labels)
+        expected = IMAGES.reshape(5, 6)[:, pixels].astype(np.float32) / 255
+        np.testing.assert_allclose(images.reshape(5, 6), expected)
+
+
+def test_permutations_are_a_function_of_the_key_and_the_first_is_none():
+    first, again, other = (
+        tasks.permute(DIGITS, jax.random.key(i), 4).pixels for i in (0, 0, 1)
+    )
+    np.testing.assert_array_equal(first, again)
+    assert (first[1:] != other[1:]).any()
+    assert first[0].tolist() == list(range(6))
+    assert len({tuple(p.tolist()) for p in first}) == 4
+    more = tasks.permute(DIGITS, jax.random.key(0), 5).pixels
+    np.testing.assert_array_equal(more[:4], first)
+
+
+def test_permutations_are_uniform():
+    keys = jax.random.split(jax.random.key(0), 3000)
+    second = jax.vmap(lambda key: tasks.permute(DIGITS, key, 2).pixels[1])(keys)
+    counts = np.stack([np.bincount(column, minlength=6) for column in second.T])
+    np.testing.assert_allclose(counts, 500, atol=95)  # 4.6 standard deviations
+
+
+def test_together_is_all_the_examples():
+    joint = tasks.together(tasks.permuted(5, 3, outputs=6))
+    assert joint.rows.tolist() == [list(range(15))]
+    assert joint.size.tolist() == [15]
+    assert joint.classes.shape == (1, 6)

@@ -13,10 +13,17 @@ import si_jax
 from experiments import driver
 from experiments.command import Options
 from experiments.record import Record
-from si_jax import metrics, sweep, tasks
+from si_jax import ewc, metrics, sweep, tasks
 from si_jax.data import Examples
 from si_jax.models import MLP, mask_logits
-from si_jax.train import epoch_key, init_key, learner, train
+from si_jax.train import (
+    correlations,
+    epoch_key,
+    init_key,
+    learner,
+    permutations_key,
+    train,
+)
 
 EPOCHS = 4
 GROUPS = [(0, 1), (2, 3)]
@@ -148,7 +155,8 @@ def test_consolidation_holds_what_fine_tuning_forgets():
                 return pieces.epoch(carry, current, task, key)
 
             carry, _ = jax.lax.scan(one_epoch, carry, jnp.arange(40))
-            carry = pieces.finish(carry)
+            end = jax.random.key(1)
+            carry = pieces.finish(carry, current, task, end)
         return [pieces.evaluate(carry, e, every)[0] for e in examples]
 
     (kept, learned), (forgotten, _) = retained(jnp.float32(1)), retained(jnp.float32(0))
@@ -165,7 +173,7 @@ def test_finish_resets_the_optimizer_or_keeps_it(reset):
     carry, _ = pieces.epoch(carry, on_device(TRAIN), task, jax.random.key(1))
     steps = -(-int(task.size) // 16)
     assert optax.tree.get(carry.opt_state, "count") == steps
-    finished = pieces.finish(carry)
+    finished = pieces.finish(carry, on_device(TRAIN), task, jax.random.key(2))
     assert optax.tree.get(finished.opt_state, "count") == (0 if reset else steps)
     assert (
         si_jax.synapses(finished.opt_state)
@@ -240,7 +248,8 @@ def test_epochs_report_what_synaptic_intelligence_sees():
     total = sum(map(jnp.sum, jax.tree.leaves(carry.opt_state.synapses.path_integral)))
     np.testing.assert_allclose(omega, total, rtol=1e-5)
     assert 0 < drop < omega, "minibatch noise inflates ω"
-    carry, report = epoch(pieces.finish(carry), examples, second, jax.random.key(9))
+    carry = pieces.finish(carry, examples, first, jax.random.key(8))
+    carry, report = epoch(carry, examples, second, jax.random.key(9))
     synapses = si_jax.synapses(carry.opt_state)
     largest = max(float(x.max()) for x in jax.tree.leaves(synapses.importance))
     np.testing.assert_allclose(report.importance, largest)
@@ -250,7 +259,190 @@ def test_epochs_report_what_synaptic_intelligence_sees():
     np.testing.assert_allclose(report.negative, (omega < 0).mean())
 
 
+def test_dropout_is_drawn_anew_at_every_step_and_off_in_evaluation():
+    model = MLP((16,), 4, dropout=0.5)
+    tx = si_jax.with_synaptic_intelligence(optax.sgd(0.1), 0.0)
+
+    def pieces(dropout):
+        return learner(
+            model,
+            tx,
+            (3, 3, 1),
+            batch_size=16,
+            reset_optimizer=False,
+            dropout=dropout,
+        )
+
+    dropped, plain = pieces(True), pieces(False)
+    task = jax.tree.map(lambda x: x[0], TRAIN_TASKS)
+    carry, examples = plain.init(jax.random.key(0)), on_device(TRAIN)
+    epoch = jax.jit(dropped.epoch)
+    once, again, other = (
+        epoch(carry, examples, task, jax.random.key(i))[0].params for i in (1, 1, 2)
+    )
+    jax.tree.map(np.testing.assert_array_equal, once, again)
+    without = plain.epoch(carry, examples, task, jax.random.key(1))[0].params
+    for params in (other, without):
+        kernel = params["params"]["Dense_1"]["kernel"]
+        assert (kernel != once["params"]["Dense_1"]["kernel"]).any()
+    carry = carry._replace(params=once)
+    np.testing.assert_array_equal(
+        dropped.evaluate(carry, examples, TRAIN_TASKS),
+        plain.evaluate(carry, examples, TRAIN_TASKS),
+    )
+
+
+def test_finish_merges_the_fisher_information_of_the_tasks_examples():
+    tx = optax.chain(ewc.elastic_weight_consolidation(1.0), optax.sgd(0.1))
+    tx = si_jax.with_synaptic_intelligence(tx, 0.0)
+    task = jax.tree.map(lambda x: x[1], TRAIN_TASKS)
+    count = int(task.size)
+    pieces = learner(
+        MODEL,
+        tx,
+        (3, 3, 1),
+        batch_size=16,
+        reset_optimizer=True,
+        fisher_examples=2 * count,  # each of them twice
+    )
+    carry = pieces.init(jax.random.key(0))
+    carry = jax.jit(pieces.finish)(carry, on_device(TRAIN), task, jax.random.key(1))
+    images, _ = tasks.look_up(on_device(TRAIN), task.rows[:count])
+
+    def logits(params, image):
+        return mask_logits(MODEL.apply(params, image[None]), task.classes)[0]
+
+    def expected_square(image):  # over the two labels, by their probability
+        def log_likelihoods(params):
+            return jax.nn.log_softmax(logits(params, image))[jnp.array(GROUPS[1])]
+
+        p = jnp.exp(log_likelihoods(carry.params))
+        gradients = jax.jacobian(log_likelihoods)(carry.params)
+        return jax.tree.map(lambda g: jnp.tensordot(p, jnp.square(g), 1), gradients)
+
+    exact = jax.tree.map(lambda x: x.mean(0), jax.vmap(expected_square)(images))
+    (state,) = [
+        x
+        for x in jax.tree.leaves(
+            carry.opt_state,
+            is_leaf=lambda x: isinstance(x, ewc.ElasticWeightConsolidationState),
+        )
+        if isinstance(x, ewc.ElasticWeightConsolidationState)
+    ]
+    kernel = state.importance["params"]["Dense_1"]["kernel"]
+    expected = exact["params"]["Dense_1"]["kernel"]
+    assert not kernel[:, :2].any(), "the other task's outputs"
+    np.testing.assert_allclose(kernel[:, 2:].sum(), expected[:, 2:].sum(), rtol=0.1)
+
+
 def test_initial_and_epoch_keys_never_meet():
     key = jax.random.key(0)
-    keys = [init_key(key)] + [epoch_key(key, t, e) for t in range(3) for e in range(3)]
+    keys = [init_key(key), permutations_key(key)]
+    keys += [epoch_key(key, t, e) for t in range(3) for e in range(3)]
     assert len({tuple(jax.random.key_data(k).tolist()) for k in keys}) == len(keys)
+
+
+# --- Permuted tasks -------------------------------------------------------------------
+
+
+def permuted_problem(count=3):
+    train, test = (tasks.permuted(len(e.labels), count, 4) for e in (TRAIN, TEST))
+    return driver.Problem(TRAIN, TEST, train, test, permutations=count)
+
+
+def drive(make, problem, folder, *, seeds=2, epochs=3, **values):
+    options = Options(out=folder)
+    return driver.run(
+        make,
+        {name: [value] * seeds for name, value in values.items()},
+        range(seeds),
+        problem,
+        epochs=epochs,
+        method="method",
+        record=Record("blobs", options),
+        options=options,
+    )
+
+
+def make_permuted(strength, remember=3):
+    tx = si_jax.with_synaptic_intelligence(lenient(optax.adam(0.01)), strength, 0.01)
+    return learner(
+        MODEL,
+        tx,
+        (3, 3, 1),
+        batch_size=16,
+        reset_optimizer=False,
+        remember=remember,
+    )
+
+
+def test_the_driver_permutes_each_run_its_own_way_and_correlates_omega(tmp_path):
+    """Against runs on copies of the images."""
+    result = drive(make_permuted, permuted_problem(), tmp_path, strength=0.3)
+    assert result["test"].shape == (2, 3, 3)
+    name = "params/Dense_0/kernel"
+    assert result["correlations"][name].shape == (2, 3, 3)
+    for seed in range(2):
+        key = jax.random.key(seed)
+        pieces = make_permuted(0.3)
+        carry = pieces.init(init_key(key))
+        seen = tasks.permute(TRAIN, permutations_key(key), 3)
+        copies = [
+            Examples(
+                TRAIN.images.reshape(-1, 9)[:, np.asarray(p)].reshape(-1, 3, 3, 1),
+                TRAIN.labels,
+            )
+            for p in seen.pixels
+        ]
+        task = jax.tree.map(lambda x: x[0], tasks.permuted(len(TRAIN.labels), 1, 4))
+        omegas = []
+        for number, copy in enumerate(map(on_device, copies)):
+            for i in range(3):
+                key_i = epoch_key(key, number, i)
+                carry, _ = jax.jit(pieces.epoch)(carry, copy, task, key_i)
+            omega = si_jax.synapses(carry.opt_state).path_integral
+            omegas.append(np.ravel(omega["params"]["Dense_0"]["kernel"]))
+            end = epoch_key(key, number, 3)
+            carry = jax.jit(pieces.finish)(carry, copy, task, end)
+        np.testing.assert_allclose(
+            result["correlations"][name][seed], np.corrcoef(omegas), atol=1e-3
+        )
+        every = jax.tree.map(lambda x: x[None], task)
+        accuracy = [pieces.evaluate(carry, on_device(c), every)[0] for c in copies]
+        np.testing.assert_allclose(result["train"][seed, -1], accuracy, atol=0.02)
+
+
+def test_all_tasks_at_once_are_one_stage(tmp_path):
+    problem = permuted_problem(2)
+    stages = tasks.together(problem.train_tasks)
+    assert stages.size.tolist() == [2 * len(TRAIN.labels)]
+    result = drive(
+        lambda strength: make_permuted(strength, remember=0),
+        problem._replace(stages=stages),
+        tmp_path,
+        epochs=8,
+        strength=0.0,
+    )
+    assert result["test"].shape == (2, 1, 2)
+    assert (result["test"] > 0.9).all()
+    assert "correlations" not in result
+
+
+def test_what_is_remembered_is_the_newest_last():
+    pieces = make_permuted(0.0, remember=2)
+    carry, examples = pieces.init(jax.random.key(0)), on_device(TRAIN)
+    task = jax.tree.map(lambda x: x[0], TRAIN_TASKS)
+    seen = []
+    for i in range(3):
+        carry, _ = jax.jit(pieces.epoch)(carry, examples, task, jax.random.key(i))
+        seen.append(si_jax.synapses(carry.opt_state).path_integral)
+        carry = pieces.finish(carry, examples, task, jax.random.key(i))
+    jax.tree.map(
+        lambda kept, *new: np.testing.assert_array_equal(kept, np.stack(new)),
+        carry.path_integrals,
+        *seen[1:],
+    )
+    assert set(correlations(carry)) == {
+        "params/Dense_0/kernel",
+        "params/Dense_1/kernel",
+    }

@@ -1,0 +1,155 @@
+"""The experiment's methods, tables and figures, on made-up digits."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from experiments import command, permuted_mnist
+from si_jax import data, figures
+from si_jax.data import Examples
+
+METHODS = {
+    "si c=0.1",
+    "fine-tuning",
+    "ewc c=100",
+    "single",
+    "joint",
+    "sgd",
+    "sgd+dropout",
+}
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tfds")
+    rng = np.random.default_rng(0)
+
+    def examples(count):
+        labels = np.arange(count, dtype=np.int32) % 10
+        images = rng.integers(0, 120, (count, 28, 28, 1)) + labels[:, None, None, None]
+        return Examples(images.astype(np.uint8), labels)
+
+    data._write_cache(folder / "si_jax" / "mnist.npz", (examples(600), examples(100)))
+
+    def make(out, **settings):
+        small = {"tasks": 3, "epochs": 1, "hidden": (8, 8), "fisher_examples": 20}
+        return permuted_mnist.Config(
+            data_dir=folder, out=out, **(small | {"seeds": 2} | settings)
+        )
+
+    return make
+
+
+def run(config):
+    with jax.numpy_dtype_promotion("standard"):
+        permuted_mnist.run(config)
+    return json.loads((config.out / "results.json").read_text())
+
+
+def test_every_method_runs_and_more_can_be_added(config, tmp_path, capsys):
+    first = run(config(tmp_path, methods=("si",)))
+    assert set(first["runs"]) == {"si c=0.1"}
+    record = run(config(tmp_path))
+    assert record["runs"]["si c=0.1"] == first["runs"]["si c=0.1"]
+    runs, summary = record["runs"], record["summary"]
+    assert set(runs) == METHODS
+    for method, result in runs.items():
+        stages = {"single": 1, "joint": 1}.get(method, 3)
+        assert np.shape(result["test"]) == (2, stages, 1 if method == "single" else 3)
+        correlated = method in ("si c=0.1", "fine-tuning")
+        assert ("correlations" in result) == correlated
+        named = "correlation_with_earlier_tasks" in summary[method]
+        assert named == correlated
+    np.testing.assert_allclose(  # the same until the second task
+        runs["single"]["test"], np.array(runs["fine-tuning"]["test"])[:, :1, :1]
+    )
+    for name in ("permuted_mnist", "permuted_mnist_correlations"):
+        assert (tmp_path / f"{name}.png").stat().st_size > 10_000
+    printed = capsys.readouterr().out
+    assert permuted_mnist.table(runs) in printed
+    again = run(config(tmp_path))
+    assert again == record
+    assert "Finished before" in capsys.readouterr().out
+
+
+def test_choosing_leaves_the_test_set_alone(config, tmp_path):
+    whole = permuted_mnist.make_problem(config(tmp_path))
+    held = permuted_mnist.make_problem(config(tmp_path, held_out=0.25))
+    assert held.stages.size.tolist() == [450] * 3
+    assert held.test_tasks.size.tolist() == [150] * 3
+    rows = {image.tobytes() for image in held.test.images}
+    assert rows <= {image.tobytes() for image in whole.train.images}
+
+
+def test_shipped_configuration_is_the_default():
+    parsed = command.parse(permuted_mnist.Config, "permuted_mnist", [])
+    assert parsed == permuted_mnist.Config()
+
+
+@pytest.mark.parametrize("name", ["permuted_mnist_quick", "permuted_mnist_choice"])
+def test_shipped_configurations_parse(name):
+    path = str(command.CONFIGS / f"{name}.toml")
+    config = command.parse(permuted_mnist.Config, "permuted_mnist", ["--config", path])
+    assert config != permuted_mnist.Config()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--methods", "adam"], "invalid choice"),
+        (["--damping", "0"], "damping must be > 0"),
+        (["--ewc-strengths", "-1"], "strengths must be >= 0"),
+        (["--held-out", "1"], "held_out must be in [0, 1)"),
+        (["--dropout", "1"], "dropout must be in [0, 1)"),
+        (["--tasks", "0"], "tasks must be at least 1"),
+    ],
+)
+def test_values_that_make_no_sense_are_refused(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        command.parse(permuted_mnist.Config, "permuted_mnist", arguments)
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_table_puts_the_controls_where_they_belong():
+    matrix = np.array([[[0.9, 0.1], [0.5, 0.7]]])
+    runs = {
+        "sgd": {"test": matrix},
+        "joint": {"test": matrix[:, 1:]},
+        "single": {"test": matrix[:, :1, :1]},
+    }
+    assert permuted_mnist.table(runs).splitlines() == [
+        "tasks     sgd   joint  single",
+        "1      0.9000          0.9000",
+        "2      0.6000  0.6000",
+    ]
+
+
+def test_correlation_with_the_earlier_tasks():
+    matrix = np.array([[[1, 0.1, 0.2], [0.1, 1, 0.4], [0.2, 0.4, 1]]])
+    np.testing.assert_allclose(permuted_mnist.with_earlier(matrix), [0.1, 0.3])
+
+
+def test_figure_4_draws_curves_bands_and_controls():
+    curves = {"si": np.array([[0.98, 0.96], [0.99, 0.97]])}
+    figure = figures.average_accuracy(curves, single=[0.98], joint=[0.99])
+    zoom, whole = figure.axes
+    np.testing.assert_allclose(whole.lines[0].get_ydata(), [0.985, 0.965])
+    assert len(whole.collections) == 1
+    assert whole.lines[1].get_ydata()[0] == 0.98
+    low, high = zoom.get_ylim()
+    assert 0.9 < low < 0.96
+    assert 0.99 < high < 1
+    (arrow,) = zoom.texts
+    assert arrow.xy[1] == 0.99
+
+
+def test_figure_5_has_a_row_a_method_and_a_column_a_layer():
+    matrix = np.array([[1, 0.3], [0.3, 1]])
+    layers = {"layer 1": matrix, "layer 2": matrix / 2}
+    figure = figures.correlations({"si": layers, "fine-tuning": layers})
+    panels = figure.axes[:4]
+    assert [p.get_title() for p in panels] == ["layer 1", "layer 2", "", ""]
+    np.testing.assert_array_equal(panels[3].images[0].get_array(), matrix / 2)
+    assert panels[2].get_ylabel() == "fine-tuning\nTask"
