@@ -56,7 +56,7 @@ def run(config: Config) -> None:
         mesh = sweep.mesh(count)
         arguments = (
             *sweep.spread((np.arange(count), np.ones(count, np.float32)), mesh),
-            sweep.replicate(tuple(problem), mesh),
+            sweep.replicate(tuple(problem[:4]), mesh),
         )
         for way, parallel in zip(WAYS, (1, count), strict=True):
             program = sweep.over_runs(one_run, mesh, mapped=2, max_parallel=parallel)
