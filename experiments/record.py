@@ -81,7 +81,9 @@ class Record:
         self.runs[method] = _jsonable(run)
         if (now := versions()) != self.content["versions"]:
             self.runs[method]["versions"] = now
-        self.content["summary"][method] = _jsonable(summary or summarize(run))
+        self.content["summary"][method] = _jsonable(
+            summarize(run) if summary is None else summary
+        )
         self.write("results.json", readable(self.content))
 
     def checkpoints(self, method: str) -> Checkpoints:

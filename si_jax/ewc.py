@@ -204,6 +204,7 @@ def fisher(
     key: jax.Array | None = None,
     *,
     labels: ArrayLike | None = None,
+    exact: bool = False,
     chunk_size: int = 16,
 ) -> optax.Params:
     r"""The diagonal of the Fisher information, from the gradients of single examples.
@@ -225,14 +226,18 @@ def fisher(
       key: to sample a label for each example from the model.
       labels: int ``(n,)``; given instead of ``key``, it is the "empirical Fisher" of
         these labels, which is not the Fisher information.
+      exact: given instead of ``key``, the mean over all labels by their probability, at
+        the price of a gradient for each. Of a network whose logits are piecewise linear
+        in every single parameter, such as a ReLU net, it is the diagonal of the Hessian
+        of the cross-entropy, whatever the true labels.
       chunk_size: how many examples' gradients to hold at once.
 
     Returns:
       A tree like ``params``, float32 at least.
 
     Raises:
-      ValueError: if not exactly one of ``key`` and ``labels`` is given, or there are no
-        inputs.
+      ValueError: if not exactly one of ``key``, ``labels`` and ``exact`` is given, or
+        there are no inputs.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -243,23 +248,33 @@ def fisher(
       >>> print(f)  # x² p (1 − p) = 2² × ½ × ½
       1.0
     """
-    if (key is None) == (labels is None):
+    if (key is not None) + (labels is not None) + exact != 1:
         raise ValueError(
-            "give either a key, to sample labels from the model, or labels."
+            "give one of a key, to sample labels from the model, labels and exact=True."
         )
     n = len(jax.tree.leaves(inputs)[0])
     if n == 0:
         raise ValueError("there are no inputs.")
-    targets = jnp.asarray(labels) if key is None else jax.random.split(key, n)
+    targets = None if labels is None else jnp.asarray(labels)
+    if key is not None:
+        targets = jax.random.split(key, n)
 
     def squared_gradient(x, target):
-        def log_likelihood(p):
-            out = logits(p, x)
-            y = target if key is None else jax.random.categorical(target, out)
-            return jax.nn.log_softmax(out)[y]
+        def log_likelihoods(p):
+            return jax.nn.log_softmax(logits(p, x))
 
+        def log_likelihood(p):
+            out = log_likelihoods(p)
+            y = target if key is None else jax.random.categorical(target, out)
+            return out[y]
+
+        if not exact:
+            gradient = jax.grad(log_likelihood)(params)
+            return jax.tree.map(lambda g: jnp.square(wide(g)), gradient)
+        p = jnp.exp(log_likelihoods(params))
+        gradients = jax.jacrev(log_likelihoods)(params)
         return jax.tree.map(
-            lambda g: jnp.square(wide(g)), jax.grad(log_likelihood)(params)
+            lambda g: jnp.tensordot(wide(p), jnp.square(wide(g)), 1), gradients
         )
 
     def add_chunk(total, chunk):

@@ -56,6 +56,34 @@ def test_fisher_of_a_linear_softmax():
     np.testing.assert_array_less(np.abs(actual - expected), 4.5 * error)
 
 
+def test_exact_fisher_of_a_linear_softmax():
+    variance = PROBABILITIES * (1 - PROBABILITIES)
+    expected = np.einsum("nj,nk->jk", INPUTS**2, variance) / 50
+    actual = ewc.fisher(linear, KERNEL, INPUTS, exact=True)
+    np.testing.assert_allclose(actual, expected, rtol=1e-4)
+
+
+def test_exact_fisher_of_a_relu_net_is_the_diagonal_of_its_hessian():
+    keys = jax.random.split(jax.random.key(0), 3)
+    shapes = [(4, 6), (6, 5), (5, 3)]
+    kernels = [jax.random.normal(k, s) for k, s in zip(keys, shapes, strict=True)]
+
+    def logits(kernels, x):
+        for kernel in kernels[:-1]:
+            x = jax.nn.relu(x @ kernel)
+        return x @ kernels[-1]
+
+    def loss(kernels):
+        out = jax.vmap(logits, (None, 0))(kernels, INPUTS)
+        return optax.softmax_cross_entropy_with_integer_labels(out, LABELS).mean()
+
+    hessian = jax.hessian(loss)(kernels)
+    for i, actual in enumerate(ewc.fisher(logits, kernels, INPUTS, exact=True)):
+        square = hessian[i][i].reshape(actual.size, actual.size)
+        expected = jnp.diag(square).reshape(actual.shape)
+        np.testing.assert_allclose(actual, expected, rtol=1e-3, atol=1e-5)
+
+
 def test_fisher_does_not_vanish_with_the_mean_gradient():
     """The squared gradient of a batch does: what others call Fisher."""
     inputs, labels = np.ones((2, 1), np.float32), np.array([0, 1])
@@ -73,10 +101,11 @@ def test_classes_that_take_no_part_have_no_fisher_information():
     def masked(kernel, x):
         return jnp.where(jnp.array([True, False, True]), x @ kernel, -jnp.inf)
 
-    fisher = ewc.fisher(masked, KERNEL, INPUTS, jax.random.key(0))
-    assert np.isfinite(fisher).all()
-    assert not fisher[:, 1].any()
-    assert (fisher[:, ::2] > 0).all()
+    for how in ({"key": jax.random.key(0)}, {"exact": True}):
+        fisher = ewc.fisher(masked, KERNEL, INPUTS, **how)
+        assert np.isfinite(fisher).all()
+        assert not fisher[:, 1].any()
+        assert (fisher[:, ::2] > 0).all()
 
 
 def test_fisher_is_wide_and_compiles():
@@ -87,9 +116,9 @@ def test_fisher_is_wide_and_compiles():
     assert fisher(jnp.asarray(KERNEL, jnp.bfloat16)).dtype == jnp.float32
 
 
-@pytest.mark.parametrize("kwargs", [{}, {"key": jax.random.key(0), "labels": LABELS}])
-def test_fisher_takes_a_key_or_labels(kwargs):
-    with pytest.raises(ValueError, match="either a key"):
+@pytest.mark.parametrize("kwargs", [{}, {"exact": True, "labels": LABELS}])
+def test_fisher_takes_a_key_or_labels_or_is_exact(kwargs):
+    with pytest.raises(ValueError, match="give one of a key"):
         ewc.fisher(linear, KERNEL, INPUTS, **kwargs)
 
 

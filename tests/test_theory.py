@@ -13,6 +13,7 @@ import pytest
 from problem import FORMS
 
 import si_jax
+from si_jax import theory
 
 
 @pytest.fixture(autouse=True)
@@ -49,13 +50,6 @@ def random_hessian(seed, eigenvalues):
     return u @ jnp.diag(eigenvalues) @ u.T, u
 
 
-def eq11(eigenvalues, u, d):
-    """Q_ij = Σ_αβ u_i^α d^α λ^α λ^β / (λ^α + λ^β) d^β u_j^β."""
-    a, b = eigenvalues[:, None], eigenvalues[None]
-    v = u * d[None]
-    return v @ (a * b / (a + b)) @ v.T
-
-
 SPECTRUM = jnp.array([0.5, 1.0, 2.0, 5.0])
 START = jnp.array([1.0, -0.5, 2.0, 0.3])
 
@@ -87,8 +81,8 @@ def test_omega_sums_to_the_loss_drop_as_the_step_shrinks(form):
 @pytest.mark.parametrize("form", FORMS)
 def test_omega_is_eq_11(form):
     eigenvalues, start = SPECTRUM.astype(jnp.float64), START.astype(jnp.float64)
-    hessian, u = random_hessian(2, eigenvalues)
-    expected = jnp.diag(eq11(eigenvalues, u, u.T @ start))
+    hessian, _ = random_hessian(2, eigenvalues)
+    expected = jnp.diag(theory.path_matrix(hessian, start))
     errors = []
     for step in (0.02, 0.01, 0.005):
         omega, *_ = descend(form, hessian, start, step)
@@ -103,7 +97,7 @@ def test_averaged_omega_is_eq_12():
     sigma = 0.7
     starts = sigma * jnp.sqrt(4.0) * u.T  # one along each eigenvector
     omega = jax.vmap(lambda s: descend("wrapper", hessian, s, 1e-3)[0])(starts)
-    expected = 0.5 * sigma**2 * jnp.diag(hessian)
+    expected = jnp.diag(theory.mean_path_matrix(hessian, sigma**2))
     np.testing.assert_allclose(omega.mean(axis=0), expected, rtol=0.01)
 
 
@@ -112,7 +106,9 @@ def test_importance_of_a_diagonal_hessian_is_half_of_it(form):
     """Eq. 13 with the ½ it lacks, so that c = 1 makes the surrogate the loss."""
     eigenvalues, start = SPECTRUM.astype(jnp.float64), START.astype(jnp.float64)
     hessian = jnp.diag(eigenvalues)
-    _, importance, _, opt_state = descend(form, hessian, start, 1e-3)
+    omega, importance, _, opt_state = descend(form, hessian, start, 1e-3)
+    expected = theory.path_integral_diagonal(eigenvalues, start)
+    np.testing.assert_allclose(omega, expected, rtol=0.01)
     np.testing.assert_allclose(importance, eigenvalues / 2, rtol=0.01)
     probe = jnp.array([0.3, 1.0, -2.0, 0.1])
     surrogate = si_jax.surrogate_loss(opt_state, probe)
@@ -127,5 +123,99 @@ def test_omega_of_a_rank_one_hessian_is_eq_14(form):
     start = START.astype(jnp.float64)
     omega, importance, *_ = descend(form, hessian, start, 1e-3)
     d = u[:, 3] @ start
-    np.testing.assert_allclose(omega, 0.5 * d**2 * jnp.diag(hessian), rtol=0.01)
+    expected = jnp.diag(theory.path_matrix_rank_one(hessian, start))
+    np.testing.assert_allclose(expected, 0.5 * d**2 * jnp.diag(hessian), rtol=1e-10)
+    np.testing.assert_allclose(omega, expected, rtol=0.01)
     np.testing.assert_allclose(importance, np.full(4, 1.5), rtol=0.01)
+
+
+# --- The closed forms themselves ------------------------------------------------------
+
+SPECTRA = {
+    "diagonal": None,
+    "full": [0.5, 1.0, 2.0, 5.0],
+    "low rank": [0.0, 0.0, 2.0, 5.0],
+    "ill-conditioned": [0.02, 0.1, 1.0, 10.0],
+}
+
+
+@pytest.fixture(params=SPECTRA)
+def hessian(request):
+    if request.param == "diagonal":
+        return jnp.diag(SPECTRUM.astype(jnp.float64))
+    return random_hessian(5, jnp.array(SPECTRA[request.param], jnp.float64))[0]
+
+
+def test_gradient_flow_solves_eq_7(hessian):
+    start = START.astype(jnp.float64)
+    slope = jax.jacfwd(lambda t: theory.gradient_flow(hessian, start, t))(0.7)
+    there = theory.gradient_flow(hessian, start, 0.7)
+    np.testing.assert_allclose(slope, -hessian @ there, rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(theory.gradient_flow(hessian, start, 0.0), start)
+
+
+def test_path_matrix_is_the_integral_of_eq_10(hessian):
+    start = START.astype(jnp.float64)
+    times = jnp.concatenate([jnp.zeros(1), jnp.geomspace(1e-5, 2e3, 20_000)])
+
+    def outer(time):
+        velocity = -hessian @ theory.gradient_flow(hessian, start, time)
+        return velocity[:, None] * velocity[None]
+
+    integral = np.trapezoid(jax.vmap(outer)(times), times, axis=0)
+    expected = theory.path_matrix(hessian, start)
+    np.testing.assert_allclose(integral, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("step", [0.15, 0.01])
+def test_path_matrix_is_exact_for_finite_steps(hessian, step):
+    start = START.astype(jnp.float64)
+    omega, importance, *_ = descend("wrapper", hessian, start, step, time=2000.0)
+    expected = jnp.diag(theory.path_matrix(hessian, start, step))
+    np.testing.assert_allclose(omega, expected, rtol=1e-7, atol=1e-10)
+    moved = jnp.abs(importance) > 1e-6
+    closed = theory.importance(hessian, start, learning_rate=step)
+    np.testing.assert_allclose(importance[moved], closed[moved], rtol=1e-6)
+
+
+def test_special_cases_are_eq_11():
+    start = START.astype(jnp.float64)
+    eigenvalues = SPECTRUM.astype(jnp.float64)
+    q = theory.path_matrix(jnp.diag(eigenvalues), start)
+    expected = theory.path_integral_diagonal(eigenvalues, start)
+    np.testing.assert_allclose(jnp.diag(q), expected)
+    assert jnp.abs(q[0, 2]) > 0.5, (
+        "off the diagonal, Q is not zero, whatever eq. 13 says"
+    )
+    rank_one, _ = random_hessian(6, jnp.array([0.0, 0.0, 0.0, 2.0], jnp.float64))
+    np.testing.assert_allclose(
+        theory.path_matrix(rank_one, start),
+        theory.path_matrix_rank_one(rank_one, start),
+        atol=1e-9,
+    )
+
+
+def test_trace_of_the_path_matrix_is_the_loss_drop(hessian):
+    start = START.astype(jnp.float64)
+    drop = start @ hessian @ start / 2
+    np.testing.assert_allclose(jnp.trace(theory.path_matrix(hessian, start)), drop)
+
+
+def test_noise_is_credited_without_end():
+    """SGD at a minimum: the loss does not fall, ω rises by σ²t whatever the step."""
+    sigma, time = jnp.array([0.5, 1.0, 0.0, 2.0], jnp.float64), 40.0
+    for step in (0.02, 0.005):
+        tx = FORMS["wrapper"](optax.sgd(step))
+
+        def body(carry, key, tx=tx):
+            theta, opt_state = carry
+            gradient = 0.1 * theta + sigma * jax.random.normal(key, (4,), jnp.float64)
+            updates, opt_state = tx.update(gradient, opt_state, theta)
+            return (optax.apply_updates(theta, updates), opt_state), None
+
+        start = jnp.zeros(4, jnp.float64)
+        keys = jax.random.split(jax.random.key(0), round(time / step))
+        (_, opt_state), _ = jax.lax.scan(body, (start, tx.init(start)), keys)
+        omega = si_jax.synapses(opt_state).path_integral
+        expected = theory.noise_path_integral(sigma**2, time)
+        np.testing.assert_allclose(omega, expected, rtol=0.1)
