@@ -162,11 +162,11 @@ def surrogate(found: Mapping[str, Any]) -> Figure:
         for name, text in (("start", "θ(0)"), ("end", "θ(T)")):
             parameter, loss, _ = found[name]
             axes.plot(parameter, loss, "ko", markersize=5)
-            axes.annotate(text, (parameter, loss), (4, -12), textcoords="offset points")
-        axes.set_ylim(-0.1, 1.6 * max(found["loss"]))
+            axes.annotate(text, (parameter, loss), (5, -12), textcoords="offset points")
+        axes.set_ylim(-0.15, 1.15 * max(found["loss"]))
         axes.set_xlabel("θ")
         axes.set_ylabel("Loss")
-        axes.legend(frameon=False, loc="upper right")
+        figure.legend(loc="outside lower center", ncols=3, frameon=False)
     return figure
 
 

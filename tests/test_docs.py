@@ -1,0 +1,68 @@
+"""The documentation's code prints what it says; its tables are the records'."""
+
+import ast
+import contextlib
+import io
+import json
+import re
+from pathlib import Path
+
+import jax
+import pytest
+
+from experiments import importance
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted((ROOT / "docs").rglob("*.md"))
+EXAMPLES = [
+    pytest.param(code, id=f"{page.stem}-{i}")
+    for page in [ROOT / "README.md", *PAGES]
+    for i, code in enumerate(
+        re.findall(r"^```python\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
+    )
+]
+
+
+@pytest.mark.parametrize("code", EXAMPLES)
+def test_code_prints_what_it_says(code):
+    printed = io.StringIO()
+    with (
+        contextlib.redirect_stdout(printed),
+        jax.numpy_dtype_promotion("standard"),
+        jax.numpy_rank_promotion("allow"),
+    ):
+        exec(compile(code, "example", "exec"), {})
+    expected = re.findall(r"^print\(.*\)  # (.*)$", code, re.MULTILINE)
+    assert printed.getvalue().splitlines() == expected
+
+
+def record(name):
+    return json.loads((ROOT / f"experiments/results/{name}.json").read_text())
+
+
+def test_numbers_are_the_records():
+    text = (ROOT / "docs/theory.md").read_text()
+    assert importance.table(record("importance")["runs"]) in text
+
+
+def test_every_deviation_has_a_test_that_exists():
+    rows = (ROOT / "docs/deviations.md").read_text().splitlines()
+    rows = [row for row in rows if row.startswith("|")][2:]
+    for row in rows:
+        file, name = re.search(r"`(test_\w+\.py)::(test_\w+)`", row).groups()
+        tree = ast.parse((ROOT / "tests" / file).read_text())
+        assert name in {x.name for x in tree.body if isinstance(x, ast.FunctionDef)}
+
+
+def test_links_and_images_lead_somewhere():
+    for page in [ROOT / "README.md", *PAGES]:
+        prose = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+        for target in re.findall(r"\]\((?!https?:|#)([^)#]+)[^)]*\)", prose):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_commands_exist():
+    for page in [ROOT / "README.md", *PAGES]:
+        for name in re.findall(r"python -m experiments\.(\w+)", page.read_text()):
+            assert (ROOT / "experiments" / f"{name}.py").exists(), name
+            assert (ROOT / "configs" / f"{name}.toml").exists(), name
