@@ -74,6 +74,7 @@ def run(
     method: str,
     record: Record,
     options: Options,
+    from_scratch: bool = False,
 ) -> dict[str, Any]:
     """Train on every task in turn; go on from the last checkpoint if there is one.
 
@@ -86,6 +87,7 @@ def run(
       method: the method's name.
       record: keeps metrics and checkpoints.
       options: how often to write checkpoints, how many runs to put side by side.
+      from_scratch: start every task with the run's initial network.
 
     Returns:
       Accuracies ``test`` and ``train`` ``(runs, stages, tasks)`` and ``initial``
@@ -177,6 +179,8 @@ def run(
     ) as bar:
         while position < total:
             number, i = divmod(position, epochs)
+            if from_scratch and i == 0:
+                state = state._replace(carry=init(own, values))
             carry, report = epoch(
                 state.carry, own, values, examples["train"], stages, number, i
             )

@@ -116,6 +116,43 @@ def load(
     return Dataset(name, _ORIGINALS[name].classes, *splits)
 
 
+def select(dataset: Dataset, classes: int) -> Dataset:
+    """The examples of a data set's first ``classes`` classes."""
+
+    def first(examples: Examples) -> Examples:
+        rows = examples.labels < classes
+        return Examples(examples.images[rows], examples.labels[rows])
+
+    return dataset._replace(
+        classes=classes, train=first(dataset.train), test=first(dataset.test)
+    )
+
+
+def join(first: Dataset, second: Dataset) -> Dataset:
+    """Two data sets as one, the second one's labels after the first one's.
+
+    Args:
+      first: a data set.
+      second: another, of images of the same shape.
+
+    Returns:
+      A :class:`Dataset`, named after both.
+    """
+
+    def both(a: Examples, b: Examples) -> Examples:
+        return Examples(
+            np.concatenate([a.images, b.images]),
+            np.concatenate([a.labels, b.labels + np.int32(first.classes)]),
+        )
+
+    return Dataset(
+        f"{first.name}+{second.name}",
+        first.classes + second.classes,
+        both(first.train, second.train),
+        both(first.test, second.test),
+    )
+
+
 def hold_out(dataset: Dataset, fraction: float) -> Dataset:
     """A random part of the training set, always the same, in the test set's place.
 

@@ -138,6 +138,54 @@ def accuracy_by_task(
     return figure
 
 
+def final_accuracy(
+    bars: Mapping[str, Mapping[str, ArrayLike]],
+    titles: Sequence[str],
+    *,
+    chance: float,
+    suptitle: str | None = None,
+) -> Figure:
+    """Fig. 6: each task's accuracy after all of them, as grouped bars.
+
+    Args:
+      bars: for each panel and method, accuracies ``(seeds, tasks)``.
+      titles: a title for each task.
+      chance: the accuracy of guessing.
+      suptitle: a line over the figure.
+
+    Returns:
+      A panel over the other; error bars are the standard deviation over the seeds.
+    """
+    with matplotlib.rc_context(STYLE):
+        size = (1.1 * len(titles) + 1.2, 2.1 * len(bars) + 0.6)
+        figure = Figure(figsize=size, layout="constrained")
+        panels = figure.subplots(len(bars), 1, sharex=True, squeeze=False)[:, 0]
+        for panel, (label, methods) in zip(panels, bars.items(), strict=True):
+            width = 0.8 / len(methods)
+            for i, (method, values) in enumerate(methods.items()):
+                accuracy = np.asarray(values)
+                panel.bar(
+                    np.arange(len(titles)) + (i - (len(methods) - 1) / 2) * width,
+                    accuracy.mean(0),
+                    width,
+                    yerr=accuracy.std(0, ddof=1) if len(accuracy) > 1 else None,
+                    capsize=2,
+                    error_kw={"linewidth": 0.8},
+                    label=method,
+                )
+            panel.axhline(chance, color="0.3", linestyle=":", linewidth=1)
+            panel.set_ylabel(label)
+        panels[-1].set_xticks(range(len(titles)), titles)
+        figure.suptitle(suptitle or "", fontsize=STYLE["font.size"])
+        figure.legend(
+            *panels[0].get_legend_handles_labels(),
+            loc="outside lower center",
+            ncols=min(len(panels[0].containers), 5),
+            frameon=False,
+        )
+    return figure
+
+
 def average_accuracy(
     curves: Mapping[str, ArrayLike],
     *,

@@ -289,3 +289,20 @@ def test_held_out_examples_come_from_the_training_set_and_are_not_trained_on():
     assert sorted([*trained, *evaluated]) == list(range(600)), "and no test example"
     np.testing.assert_array_equal(held.test.labels, evaluated % 10)
     assert data.hold_out(whole, 0.0) is whole
+
+
+def test_joined_data_sets_keep_their_labels_apart():
+    def dataset(name, classes, first):
+        labels = np.arange(6, dtype=np.int32) % classes
+        images = np.full((6, 2, 2, 3), first, np.uint8) + labels[:, None, None, None]
+        examples = Examples(images.astype(np.uint8), labels)
+        return data.Dataset(name, classes, examples, examples)
+
+    few = data.select(dataset("b", 3, 100), 2)
+    assert few.classes == 2
+    assert few.train.labels.tolist() == [0, 1, 0, 1]
+    both = data.join(dataset("a", 3, 0), few)
+    assert (both.name, both.classes) == ("a+b", 5)
+    assert both.test.labels.tolist() == [0, 1, 2, 0, 1, 2, 3, 4, 3, 4]
+    assert both.test.labels.dtype == np.int32
+    assert both.test.images[:, 0, 0, 0].tolist() == [0, 1, 2] * 2 + [100, 101] * 2

@@ -3,8 +3,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import linen as nn
 
-from si_jax.models import MLP, mask_logits
+from si_jax.models import CNN, MLP, convolve, halve, mask_logits
 
 IMAGES = jnp.ones((2, 28, 28, 1))
 
@@ -62,3 +63,77 @@ def test_dropout_takes_a_key_and_keeps_the_mean():
         dropped[active][kept], plain[active][kept] / 0.75, rtol=1e-5
     )
     np.testing.assert_array_equal(plain, hidden())
+
+
+PHOTOS = jax.random.uniform(jax.random.key(0), (2, 32, 32, 3))
+
+
+def test_cnn_is_the_papers():
+    params = CNN(60).init(jax.random.key(0), PHOTOS)["params"]
+    assert sum(x.size for x in jax.tree.leaves(params)) == 1_276_508
+    for i, (inputs, outputs) in enumerate([(3, 32), (32, 32), (32, 64), (64, 64)]):
+        layer = params[f"Conv_{i}"]
+        assert layer["kernel"].shape == (3, 3, inputs, outputs)
+        assert not layer["bias"].any()
+        limit = np.sqrt(6 / (9 * (inputs + outputs)))
+        assert 0.95 * limit < jnp.abs(layer["kernel"]).max() <= limit
+    assert not params["Dense_1"]["kernel"].any()
+
+
+def test_cnn_drops_units_with_a_key_only():
+    model = CNN(60, zero_init_output=False)
+    params = model.init(jax.random.key(0), PHOTOS)
+    plain, again = model.apply(params, PHOTOS), model.apply(params, PHOTOS)
+    np.testing.assert_array_equal(plain, again)
+    one, other = (
+        model.apply(params, PHOTOS, rngs={"dropout": jax.random.key(i)}) for i in (0, 1)
+    )
+    assert (one != plain).any()
+    assert (one != other).any()
+
+
+def test_cnn_in_bfloat16_has_float32_parameters_and_nearly_the_same_logits():
+    model = CNN(60, zero_init_output=False)
+    params = model.init(jax.random.key(0), PHOTOS)
+    narrow = CNN(60, zero_init_output=False, dtype=jnp.bfloat16)
+    assert jax.tree.map(lambda x: x.dtype, narrow.init(jax.random.key(0), PHOTOS)) == (
+        jax.tree.map(lambda x: x.dtype, params)
+    )
+    logits = narrow.apply(params, PHOTOS)
+    assert logits.dtype == jnp.float32
+    expected = model.apply(params, PHOTOS)
+    np.testing.assert_allclose(logits, expected, atol=0.02 * np.ptp(expected))
+
+
+@pytest.mark.parametrize("padding", ["SAME", "VALID", [(1, 0), (0, 2)]])
+@pytest.mark.parametrize("size", [(3, 3), (2, 3)])
+def test_convolution_and_its_gradients_are_those_of_lax(padding, size):
+    keys = jax.random.split(jax.random.key(0), 2)
+    images = jax.random.normal(keys[0], (2, 7, 6, 3))
+    kernel = jax.random.normal(keys[1], (*size, 3, 4))
+    numbers = ("NHWC", "HWIO", "NHWC")
+
+    def value(convolution, images, kernel):
+        return convolution(images, kernel, (1, 1), padding, dimension_numbers=numbers)
+
+    def loss(convolution):
+        return jax.value_and_grad(
+            lambda *args: jnp.sum(jnp.sin(value(convolution, *args))), argnums=(0, 1)
+        )(images, kernel)
+
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4),
+        (value(convolve, images, kernel), loss(convolve)),
+        (
+            value(jax.lax.conv_general_dilated, images, kernel),
+            loss(jax.lax.conv_general_dilated),
+        ),
+    )
+
+
+@pytest.mark.parametrize("size", [4, 5])
+def test_halve_is_flax_max_pool(size):
+    images = jax.random.normal(jax.random.key(0), (2, size, size, 3))
+    np.testing.assert_array_equal(
+        halve(images), nn.max_pool(images, (2, 2), strides=(2, 2))
+    )

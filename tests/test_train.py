@@ -292,6 +292,57 @@ def test_dropout_is_drawn_anew_at_every_step_and_off_in_evaluation():
     )
 
 
+def test_parts_of_a_batch_add_up_to_its_gradient():
+    """The last batch is smaller: some parts are half empty, some empty."""
+    task = jax.tree.map(lambda x: x[1], TRAIN_TASKS)
+    assert 0 < int(task.size) % 32 < 24
+    tx = si_jax.with_synaptic_intelligence(optax.sgd(0.5), 0.0)
+    found = []
+    for part in (0, 8):
+        pieces = learner(
+            MODEL,
+            tx,
+            (3, 3, 1),
+            batch_size=32,
+            reset_optimizer=False,
+            micro_batch=part,
+        )
+        carry = pieces.init(jax.random.key(0))
+        epoch = jax.jit(pieces.epoch)
+        found.append(epoch(carry, on_device(TRAIN), task, jax.random.key(1)))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), *found
+    )
+    with pytest.raises(ValueError, match="micro_batch must divide the batch size 32"):
+        learner(
+            MODEL, tx, (3, 3, 1), batch_size=32, reset_optimizer=False, micro_batch=5
+        )
+
+
+def test_from_scratch_every_task_starts_with_the_initial_network(tmp_path):
+    problem = driver.Problem(TRAIN, TEST, TRAIN_TASKS, TEST_TASKS)
+    options = Options(out=tmp_path)
+    result = driver.run(
+        make,
+        {"strength": [0.0]},
+        [3],
+        problem,
+        epochs=2,
+        method="from scratch",
+        record=Record("blobs", options),
+        options=options,
+        from_scratch=True,
+    )
+    key, pieces = jax.random.key(3), make(0.0)
+    carry = pieces.init(init_key(key))
+    second = jax.tree.map(lambda x: x[1], TRAIN_TASKS)
+    for i in range(2):
+        keys = epoch_key(key, 1, i)
+        carry, _ = jax.jit(pieces.epoch)(carry, on_device(TRAIN), second, keys)
+    expected = pieces.evaluate(carry, on_device(TEST), TEST_TASKS)
+    np.testing.assert_allclose(result["test"][0, 1], expected, atol=0.03)
+
+
 def test_finish_merges_the_fisher_information_of_the_tasks_examples():
     tx = optax.chain(ewc.elastic_weight_consolidation(1.0), optax.sgd(0.1))
     tx = si_jax.with_synaptic_intelligence(tx, 0.0)

@@ -1,0 +1,225 @@
+"""Split CIFAR, the paper's Fig. 6: ``python -m experiments.split_cifar``."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, ClassVar, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from matplotlib.figure import Figure
+
+import si_jax
+from experiments import command, driver
+from experiments.record import Record, aligned, cell, is_first
+from experiments.split_mnist import check_strengths
+from si_jax import data, figures, tasks
+from si_jax.models import CNN
+from si_jax.train import Learner, learner
+
+Method = Literal["si", "fine-tuning", "from scratch"]
+TRAIN_EVALUATED = 5000  # of each task's training examples, to evaluate on
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(command.Options):
+    """Split CIFAR-10/100 (Fig. 6): CIFAR-10, then 50 classes of CIFAR-100 by tens."""
+
+    methods: tuple[Method, ...] = ("si", "fine-tuning", "from scratch")
+    """What to run; more can be added later in the same --out."""
+    seeds: int = 1
+    """Runs of each method, with the seeds 0, 1, …"""
+    data: Literal["cifar10-100", "cifar10"] = "cifar10-100"
+    """Six tasks of ten classes, or the supplement's: CIFAR-10 as two tasks of five."""
+    examples: int = 0
+    """Of each task, to train on; 0: all."""
+    epochs: int = 60
+    """Passes over each task."""
+    batch_size: int = 256
+    """Examples a step."""
+    micro_batch: int = 32
+    """Parts of a batch to take one by one: faster on a CPU; 0 for a GPU."""
+    compute: Literal["float32", "bfloat16"] = "float32"
+    """What the network computes in; parameters and SI's state are float32."""
+    learning_rate: float = 1e-3
+    """Adam's."""
+    strengths: tuple[float, ...] = (0.01, 0.1)
+    """c of eq. 4, a method each."""
+    damping: float = 1e-3
+    """ξ of eq. 5."""
+    held_out: float = 0.0
+    """Fraction of the training set to choose c on, in the test set's place; 0: none."""
+
+    PICKS: ClassVar[tuple[str, ...]] = ("methods", "strengths")
+
+    def __post_init__(self):
+        """Refuse values that make no sense."""
+        self.check(
+            positive=("learning_rate", "damping"),
+            at_least_1=("seeds", "epochs", "batch_size"),
+        )
+        check_strengths(self.strengths)
+        if min(self.micro_batch, self.examples) < 0:
+            raise ValueError("micro_batch and examples must be >= 0")
+        if self.micro_batch and self.batch_size % self.micro_batch:
+            raise ValueError(
+                f"micro_batch must divide batch_size: {self.micro_batch}, "
+                f"{self.batch_size}"
+            )
+        if not 0 <= self.held_out < 1:
+            raise ValueError(f"held_out must be in [0, 1), got {self.held_out}")
+
+
+def groups(config: Config) -> list[range]:
+    """The classes of each task."""
+    if config.data == "cifar10":
+        return [range(5), range(5, 10)]
+    return [range(start, start + 10) for start in range(0, 60, 10)]
+
+
+def titles(config: Config) -> list[str]:
+    """A name for each task."""
+    if config.data == "cifar10":
+        return ["classes 0–4", "classes 5–9"]
+    return ["CIFAR-10", *(f"CIFAR-100\n{k}–{k + 9}" for k in range(0, 50, 10))]
+
+
+def make_problem(config: Config) -> driver.Problem:
+    """The tasks, one after the other."""
+    images = data.load("cifar10", data_dir=config.data_dir)
+    if config.data == "cifar10-100":
+        hundred = data.load("cifar100", data_dir=config.data_dir)
+        images = data.join(images, data.select(hundred, 50))
+    images = data.hold_out(images, config.held_out)
+    train, test = (
+        tasks.split_classes(examples.labels, groups(config), images.classes)
+        for examples in (images.train, images.test)
+    )
+    if config.examples:
+        train = first(train, config.examples)
+    return driver.Problem(
+        images.train, images.test, first(train, TRAIN_EVALUATED), test, train
+    )
+
+
+def first(stack: tasks.Task, count: int) -> tasks.Task:
+    """The first ``count`` examples of each task."""
+    return stack._replace(
+        rows=stack.rows[:, :count], size=jnp.minimum(stack.size, count)
+    )
+
+
+def make_learner(config: Config) -> Callable[..., Learner]:
+    """The pieces of a run as a function of the hyperparameters that may be swept."""
+    model = CNN(sum(map(len, groups(config))), dtype=config.compute)
+    adam = optax.adam(config.learning_rate)
+
+    def make(strength: jax.Array, damping: jax.Array) -> Learner:
+        return learner(
+            model,
+            si_jax.with_synaptic_intelligence(adam, strength, damping),
+            (32, 32, 3),
+            batch_size=config.batch_size,
+            reset_optimizer=True,
+            dropout=True,
+            micro_batch=config.micro_batch,
+        )
+
+    return make
+
+
+def names(config: Config) -> dict[str, float]:
+    """The methods that the configuration asks for, by name, with their strength c."""
+    found: dict[str, float] = {}
+    for method in config.methods:
+        if method == "si":
+            found |= {f"si c={c:g}": c for c in config.strengths}
+        else:
+            found[method] = 0.0
+    return found
+
+
+def run(config: Config) -> None:
+    """Run every method that is not finished, then print and draw all of them."""
+    folder = f"{config.data}-held-out" if config.held_out else config.data
+    record = Record("split_cifar", config, default=folder)
+    todo = {k: v for k, v in names(config).items() if k not in record.runs}
+    if todo:
+        problem = make_problem(config)
+    elif is_first():
+        print(f"Finished before: the results are those in {record.folder}.")
+    for name, strength in todo.items():
+        result = driver.run(
+            make_learner(config),
+            {
+                "strength": [strength] * config.seeds,
+                "damping": [config.damping] * config.seeds,
+            },
+            range(config.seeds),
+            problem,
+            epochs=config.epochs,
+            method=name,
+            record=record,
+            options=config,
+            from_scratch=name == "from scratch",
+        )
+        record.add(name, result)
+    if is_first():
+        report(config, record)
+
+
+def final(run: dict[str, Any], method: str, split: str) -> np.ndarray:
+    """``(seeds, tasks)``: after all tasks, or each right after training on it alone."""
+    matrix = np.asarray(run[split])
+    if method == "from scratch":
+        return np.diagonal(matrix, axis1=1, axis2=2)
+    return matrix[:, -1]
+
+
+def report(config: Config, record: Record) -> None:
+    """Print and draw the finished methods."""
+    for split, name in (("train", "training"), ("test", "validation")):
+        print(
+            f"\n{name.capitalize()} accuracy after all tasks, mean ± SEM, "
+            f"n = {config.seeds}"
+        )
+        print(table(record.runs, split, titles(config)))
+    seconds = ", ".join(f"{k} {v['seconds']:.0f} s" for k, v in record.runs.items())
+    print(f"\nTook {seconds}. Everything is in {record.folder}.")
+    record.save("split_cifar", figure(record.runs, config))
+
+
+def table(runs: dict[str, Any], split: str, titles: list[str]) -> str:
+    """A row a task and their mean; a column a method, and what it gains on scratch."""
+    columns = [["", *(title.replace("\n", " ") for title in titles), "mean"]]
+    values = {method: final(run, method, split) for method, run in runs.items()}
+    for method, accuracy in values.items():
+        columns.append([method, *map(cell, accuracy.T), cell(accuracy.mean(1))])
+    if "from scratch" in values:
+        scratch = values["from scratch"].mean(0)
+        for method, accuracy in values.items():
+            if method != "from scratch":
+                gain = accuracy.mean(0) - scratch
+                cells = [f"{x:+.3f}" for x in (*gain, gain.mean())]
+                columns.append([f"{method} − scratch", *cells])
+    return aligned(list(zip(*columns, strict=True)))
+
+
+def figure(runs: dict[str, Any], config: Config) -> Figure:
+    """Fig. 6 of the finished methods."""
+    bars = {
+        label: {method: final(run, method, split) for method, run in runs.items()}
+        for label, split in (("Validation accuracy", "test"), ("Training", "train"))
+    }
+    shown = "CIFAR-10" if config.data == "cifar10" else "CIFAR-10/100"
+    return figures.final_accuracy(
+        bars,
+        titles(config),
+        chance=1 / len(groups(config)[0]),
+        suptitle=f"Split {shown} after all tasks, mean ± SD, n = {config.seeds}",
+    )
+
+
+if __name__ == "__main__":
+    command.main(Config, "split_cifar", run)

@@ -1,0 +1,118 @@
+"""Split CIFAR's tasks, methods, table and figure, on made-up images."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from experiments import command, split_cifar
+from si_jax import data, figures
+from si_jax.data import Examples
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tfds")
+    rng = np.random.default_rng(0)
+
+    def examples(count, classes):
+        labels = np.arange(count, dtype=np.int32) % classes
+        return Examples(rng.integers(0, 256, (count, 32, 32, 3), np.uint8), labels)
+
+    for name, classes in (("cifar10", 10), ("cifar100", 100)):
+        splits = examples(200, classes), examples(100, classes)
+        data._write_cache(folder / "si_jax" / f"{name}.npz", splits)
+
+    def make(out, **settings):
+        small = {"epochs": 1, "batch_size": 8, "micro_batch": 4}
+        return split_cifar.Config(data_dir=folder, out=out, **(small | settings))
+
+    return make
+
+
+def test_tasks_are_cifar_10_and_half_of_cifar_100(config, tmp_path):
+    problem = split_cifar.make_problem(config(tmp_path))
+    assert problem.stages.size.tolist() == [200] + [20] * 5
+    assert problem.test_tasks.size.tolist() == [100] + [10] * 5
+    classes = np.asarray(problem.stages.classes)
+    assert classes.shape == (6, 60)
+    assert (classes.sum(0) == 1).all()
+    for rows, size, own in zip(problem.stages.rows, problem.stages.size, classes):
+        assert own[problem.train.labels[rows[:size]]].all()
+    few = split_cifar.make_problem(config(tmp_path, examples=15))
+    assert few.stages.size.tolist() == [15] * 6
+    assert few.stages.rows.shape == (6, 15), "no waste"
+    two = split_cifar.make_problem(config(tmp_path, data="cifar10"))
+    assert two.stages.size.tolist() == [100, 100]
+
+
+def test_every_method_runs(config, tmp_path, capsys):
+    settings = config(tmp_path, data="cifar10", strengths=(0.1,), examples=16)
+    with jax.numpy_dtype_promotion("standard"):
+        split_cifar.run(settings)
+    record = json.loads((tmp_path / "results.json").read_text())
+    assert list(record["runs"]) == ["si c=0.1", "fine-tuning", "from scratch"]
+    for run in record["runs"].values():
+        assert np.shape(run["test"]) == (1, 2, 2)
+    printed = capsys.readouterr().out
+    titles = split_cifar.titles(settings)
+    assert split_cifar.table(record["runs"], "test", titles) in printed
+    assert (tmp_path / "split_cifar.png").stat().st_size > 10_000
+
+
+def test_table_says_what_is_gained_on_a_net_from_scratch():
+    after = np.array([[[0.8, 0.1], [0.6, 0.7]], [[0.8, 0.1], [0.8, 0.7]]])
+    alone = np.array([[[0.7, 0.1], [0.1, 0.5]]] * 2)
+    runs = {"si c=1": {"test": after}, "from scratch": {"test": alone}}
+    rows = split_cifar.table(runs, "test", ["one\ntwo", "three"]).splitlines()
+    assert rows[0].split() == [
+        "si",
+        "c=1",
+        "from",
+        "scratch",
+        "si",
+        "c=1",
+        "−",
+        "scratch",
+    ]
+    assert rows[1].split()[-1] == "+0.000"
+    assert rows[2].split()[-1] == "+0.200"
+    assert rows[3].split()[0] == "mean"
+    assert rows[3].split()[-1] == "+0.100"
+
+
+def test_figure_6_has_bars_deviations_and_chance():
+    accuracy = np.array([[0.5, 0.7], [0.7, 0.7]])
+    methods = {"a": accuracy, "b": accuracy[:1]}
+    figure = figures.final_accuracy(
+        {"Validation": methods, "Training": methods}, ["one", "two"], chance=0.1
+    )
+    panels = figure.axes
+    assert [p.get_ylabel() for p in panels] == ["Validation", "Training"]
+    heights = [bar.get_height() for bar in panels[0].containers[1]]
+    np.testing.assert_allclose(heights, accuracy.mean(0))
+    assert panels[0].lines[-1].get_ydata()[0] == 0.1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--micro-batch", "100"], "micro_batch must divide batch_size"),
+        (["--examples", "-1"], "must be >= 0"),
+        (["--data", "cifar100"], "invalid choice"),
+        (["--held-out", "1"], "held_out must be in [0, 1)"),
+    ],
+)
+def test_values_that_make_no_sense_are_refused(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        command.parse(split_cifar.Config, "split_cifar", arguments)
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_shipped_configurations():
+    parsed = command.parse(split_cifar.Config, "split_cifar", [])
+    assert parsed == split_cifar.Config()
+    for name in ("split_cifar10", "split_cifar_quick"):
+        path = str(command.CONFIGS / f"{name}.toml")
+        command.parse(split_cifar.Config, "split_cifar", ["--config", path])
