@@ -215,7 +215,8 @@ def learner(
             omega = si_jax.synapses(carry.opt_state).path_integral
             return sum(jax.tree.leaves(jax.tree.map(jnp.sum, omega)), jnp.zeros(()))
 
-        first = gather(examples, task, task.rows, jnp.int32(0), 500)
+        few = min(500, task.rows.shape[-1])
+        first = gather(examples, task, task.rows, jnp.int32(0), few)
 
         def mean_loss(params):
             return sums(params, first[-1].sum(), *first)[0]
@@ -269,7 +270,8 @@ def learner(
         return Carry(params, opt_state, history)
 
     def evaluate(carry: Carry, examples: AnyExamples, tasks: Task) -> jax.Array:
-        size = 1000  # bounds memory; the result does not depend on it
+        # Bounds memory; the result does not depend on it.
+        size = min(1000, tasks.rows.shape[-1])
 
         def accuracy(task):
             def count(i, correct):

@@ -38,7 +38,9 @@ def test_tasks_are_cifar_10_and_half_of_cifar_100(config, tmp_path):
     classes = np.asarray(problem.stages.classes)
     assert classes.shape == (6, 60)
     assert (classes.sum(0) == 1).all()
-    for rows, size, own in zip(problem.stages.rows, problem.stages.size, classes):
+    for rows, size, own in zip(
+        problem.stages.rows, problem.stages.size, classes, strict=True
+    ):
         assert own[problem.train.labels[rows[:size]]].all()
     few = split_cifar.make_problem(config(tmp_path, examples=15))
     assert few.stages.size.tolist() == [15] * 6
