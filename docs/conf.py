@@ -4,6 +4,7 @@ from importlib.metadata import version as version_of
 
 project = "si_jax"
 author = "The si_jax authors"
+copyright = author
 version = release = version_of("si_jax")
 
 extensions = [

@@ -37,8 +37,9 @@ LARGE = "large tree"
 class Config(command.Options):
     """Time of a training step, and of an update alone, by method.
 
-    The methods take turns, so that whatever else the machine does meets them alike;
-    compilation is left out. Compare within a run: seconds of two machines say little.
+    The methods take turns, so that whatever else the machine does meets them alike (but
+    for the large tree, whose states do not fit side by side); compilation is left out.
+    Compare within a run: seconds of two machines say little.
     The methods in PyTorch are left out where it is not installed.
     """
 
@@ -66,7 +67,7 @@ class Method(NamedTuple):
     synaptic: bool = True
 
     def start(self, params: optax.Params) -> optax.OptState:
-        """Its state in a second task, where Synaptic Intelligence pulls."""
+        """Its state in a second task; Ω is zero there, but multiplied all the same."""
         opt_state = self.tx.init(params)
         return si_jax.consolidate(opt_state, params) if self.synaptic else opt_state
 
@@ -227,8 +228,9 @@ def time_update(config: Config, *, large: bool) -> dict[str, Any]:
     times: dict[str, list[float]] = {}
     if large:  # one after the other, as their states do not fit side by side
         for name, method in methods().items():
-            program = {name: updating(params, method)}
-            times |= take_turns(program, config.repetitions, steps=1)
+            programs = {name: updating(params, method)}
+            times |= take_turns(programs, config.repetitions, steps=1)
+            del programs  # before the next one's state is made
     else:
         programs = {name: updating(params, m) for name, m in methods().items()}
         times = take_turns(programs, config.repetitions, steps=1)

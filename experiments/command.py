@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar, NoReturn, TypeVar
 
 import jax
+import numpy as np
 import tyro
 
 from si_jax.data import DataError
@@ -51,8 +52,10 @@ class Options:
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         for name in positive:
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be > 0, got {getattr(self, name)}")
+            if not 0 < np.float32(getattr(self, name)) < np.inf:  # as it is used
+                raise ValueError(
+                    f"{name} must be > 0 and finite, got {getattr(self, name)}"
+                )
 
 
 class UserError(Exception):

@@ -206,11 +206,11 @@ def run(
             bar.update()
             bar.set_postfix_str(
                 f"task {number + 1}/{count}, accuracy {report.accuracy.mean():.3f}"
-                + _so_far(state.test, position // epochs)
+                + ("" if from_scratch else _so_far(state.test, position // epochs))
             )
             if ends and bar.disable and is_first():
                 took = time.perf_counter() - start
-                so_far = _so_far(state.test, number + 1)
+                so_far = "" if from_scratch else _so_far(state.test, number + 1)
                 print(
                     f"{method}: task {number + 1}/{count}{so_far}, {took:.0f} s",
                     flush=True,

@@ -76,10 +76,14 @@ class Config(command.Options):
             positive=("learning_rate", "damping", "sgd_learning_rate"),
             at_least_1=("seeds", "epochs", "batch_size", "tasks", "fisher_examples"),
         )
-        if min(self.hidden, default=1) < 1:
-            raise ValueError(f"hidden widths must be at least 1, got {self.hidden}")
-        check_strengths(self.strengths)
-        check_strengths(self.ewc_strengths)
+        if min(self.hidden, default=0) < 1:
+            raise ValueError(
+                f"hidden must be widths of at least 1, and one or more: {self.hidden}"
+            )
+        check_strengths("strengths", self.strengths)
+        check_strengths("ewc_strengths", self.ewc_strengths)
+        if not self.methods:
+            raise ValueError("methods must name at least one")
         for name in ("dropout", "held_out"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")

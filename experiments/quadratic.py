@@ -23,6 +23,7 @@ SPECTRA = {
     "low rank": (0.0, 0.0, 0.0, 0.0, 1.0, 3.0),
     "ill-conditioned": (0.01, 0.03, 0.1, 0.3, 1.0, 3.0),
 }
+EXAMPLES = 512  # of the regression
 OPTIMIZERS = {
     "SGD": optax.sgd,
     "momentum 0.9": lambda rate: optax.sgd(rate * 0.1, momentum=0.9),
@@ -39,7 +40,7 @@ class Config(command.Options):
     starts: int = 1000
     """Random initial conditions to average over."""
     batch_sizes: tuple[int, ...] = (8, 16, 32, 64, 128, 256, 512)
-    """Of a linear regression with 512 examples."""
+    """Of a linear regression with 512 examples, which they divide."""
     noisy_learning_rates: tuple[float, ...] = (0.2, 0.1, 0.05, 0.02, 0.01)
     """η of SGD there; momentum has η/10 and β = 0.9, Adam η/10."""
     epochs: int = 50
@@ -53,6 +54,10 @@ class Config(command.Options):
         for name in ("learning_rates", "batch_sizes", "noisy_learning_rates"):
             if not min(getattr(self, name), default=0) > 0:
                 raise ValueError(f"{name} must be > 0, got {getattr(self, name)}")
+        if any(EXAMPLES % size for size in self.batch_sizes):
+            raise ValueError(
+                f"batch_sizes must divide {EXAMPLES}, got {self.batch_sizes}"
+            )
 
 
 def hessian(kind: str) -> jax.Array:
@@ -120,11 +125,11 @@ def averaged(config: Config) -> dict[str, Any]:
 
 
 def regression(seed: int) -> tuple[jax.Array, jax.Array]:
-    """512 examples ``(x, y)`` of a linear model with noise, ten inputs."""
-    keys = jax.random.split(jax.random.key(seed), 3)
+    """Examples ``(x, y)`` of a linear model with noise, ten inputs."""
+    keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), 0), 3)
     scales = jnp.geomspace(0.3, 1.0, 10)
-    x = jax.random.normal(keys[0], (512, 10)) * scales[None]
-    y = x @ jax.random.normal(keys[1], (10,)) + jax.random.normal(keys[2], (512,))
+    x = jax.random.normal(keys[0], (EXAMPLES, 10)) * scales[None]
+    y = x @ jax.random.normal(keys[1], (10,)) + jax.random.normal(keys[2], (EXAMPLES,))
     return x, y
 
 
@@ -141,7 +146,7 @@ def overestimate(
             return jnp.mean(jnp.square(x[rows] @ theta - y[rows])) / 2
 
         def epoch(carry, key):
-            rows = jax.random.permutation(key, 512).reshape(-1, batch_size)
+            rows = jax.random.permutation(key, EXAMPLES).reshape(-1, batch_size)
 
             def step(carry, rows):
                 theta, opt_state = carry
@@ -155,7 +160,7 @@ def overestimate(
         keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), 1), epochs)
         carry, _ = jax.lax.scan(epoch, (start, tx.init(start)), keys)
         theta, opt_state = carry
-        every = jnp.arange(512)
+        every = jnp.arange(EXAMPLES)
         drop = loss(start, every) - loss(theta, every)
         return si_jax.synapses(opt_state).path_integral.sum() / drop
 
@@ -171,8 +176,10 @@ def predicted(rate: float, batch_size: int, epochs: int, seeds: int) -> np.ndarr
         gradients = x * (x @ best - y)[:, None]  # of each example, there
         drop = jnp.mean(jnp.square(y)) / 2 - jnp.mean(jnp.square(x @ best - y)) / 2
         # Batches without replacement: the variance of a mean of B out of N.
-        variance = gradients.var(0) / batch_size * (512 - batch_size) / 511
-        time = rate * epochs * (512 // batch_size)
+        variance = (
+            gradients.var(0) / batch_size * (EXAMPLES - batch_size) / (EXAMPLES - 1)
+        )
+        time = rate * epochs * (EXAMPLES // batch_size)
         return 1 + theory.noise_path_integral(variance, time).sum() / drop
 
     return np.asarray(jax.vmap(one)(jnp.arange(seeds)))

@@ -89,7 +89,7 @@ class Record:
     def checkpoints(self, method: str) -> Checkpoints:
         """The checkpoints of a method that is under way."""
         return Checkpoints(
-            self.folder / "checkpoints" / re.sub(r"[^\w.=]+", "-", method)
+            self.folder / "checkpoints" / re.sub(r"[^\w.=+]+", "-", method)
         )
 
     def log(self, **entry: Any) -> None:
@@ -224,14 +224,15 @@ def summarize(run: dict[str, Any]) -> dict[str, Any]:
         }
     return {
         split: {
-            name: _statistics(measure(np.asarray(run[split])))
+            name: statistics(measure(np.asarray(run[split])))
             for name, measure in measures.items()
         }
         for split in ("test", "train")
     }
 
 
-def _statistics(values: Any) -> dict[str, float]:
+def statistics(values: Any) -> dict[str, float]:
+    """Mean, standard error and deviation of a number a seed."""
     values = np.asarray(values, np.float64)
     return {
         "mean": round(float(values.mean()), 6),

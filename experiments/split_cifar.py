@@ -12,7 +12,14 @@ from matplotlib.figure import Figure
 
 import si_jax
 from experiments import command, driver
-from experiments.record import Record, aligned, cell, is_first
+from experiments.record import (
+    Record,
+    aligned,
+    cell,
+    is_first,
+    statistics,
+    summarize,
+)
 from experiments.split_mnist import check_strengths
 from si_jax import data, figures, tasks
 from si_jax.models import CNN
@@ -59,7 +66,9 @@ class Config(command.Options):
             positive=("learning_rate", "damping"),
             at_least_1=("seeds", "epochs", "batch_size"),
         )
-        check_strengths(self.strengths)
+        check_strengths("strengths", self.strengths)
+        if not self.methods:
+            raise ValueError("methods must name at least one")
         if min(self.micro_batch, self.examples) < 0:
             raise ValueError("micro_batch and examples must be >= 0")
         if self.micro_batch and self.batch_size % self.micro_batch:
@@ -164,9 +173,19 @@ def run(config: Config) -> None:
             options=config,
             from_scratch=name == "from scratch",
         )
-        record.add(name, result)
+        record.add(name, result, summary(result, name))
     if is_first():
         report(config, record)
+
+
+def summary(run: dict[str, Any], method: str) -> dict[str, Any]:
+    """The usual measures; of nets from scratch, the mean accuracy on their own task."""
+    if method != "from scratch":
+        return summarize(run)
+    return {
+        split: {"average_accuracy": statistics(final(run, method, split).mean(1))}
+        for split in ("test", "train")
+    }
 
 
 def final(run: dict[str, Any], method: str, split: str) -> np.ndarray:

@@ -64,20 +64,20 @@ class Config(Setting):
         """Refuse values that make no sense."""
         super().__post_init__()
         self.check(positive=("damping",), at_least_1=("seeds",))
-        check_strengths(self.strengths)
+        check_strengths("strengths", self.strengths)
         if not 0 <= self.sgd_learning_rate < math.inf:
             raise ValueError(
                 f"sgd_learning_rate must be >= 0, got {self.sgd_learning_rate}"
             )
 
 
-def check_strengths(strengths: tuple[float, ...]) -> None:
+def check_strengths(name: str, strengths: tuple[float, ...]) -> None:
     """Refuse strengths that make no sense, for ``__post_init__``."""
     for value in strengths:
         if not 0 <= value < math.inf:
-            raise ValueError(f"strengths must be >= 0, got {value}")
+            raise ValueError(f"{name} must be >= 0, got {value}")
     if len({f"{c:g}" for c in strengths}) < max(len(strengths), 1):
-        raise ValueError(f"strengths must be several and differ: {strengths}")
+        raise ValueError(f"{name} must be one or more, and differ: {strengths}")
 
 
 def methods(config: Config) -> dict[str, tuple[optax.GradientTransformation, float]]:

@@ -12,6 +12,7 @@ import optax
 import si_jax
 from experiments import command
 from experiments.record import Record, is_first
+from experiments.split_mnist import check_strengths
 from si_jax import theory_figures
 
 Loss = Callable[[jax.Array], jax.Array]
@@ -33,8 +34,7 @@ class Config(command.Options):
     def __post_init__(self):
         """Refuse values that make no sense."""
         self.check(positive=("learning_rate", "damping"), at_least_1=("steps",))
-        if not self.strength >= 0:
-            raise ValueError(f"strength must be >= 0, got {self.strength}")
+        check_strengths("strength", (self.strength,))
 
 
 def task_1(theta: jax.Array) -> jax.Array:

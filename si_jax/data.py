@@ -162,12 +162,20 @@ def hold_out(dataset: Dataset, fraction: float) -> Dataset:
 
     Returns:
       A :class:`Dataset`, to choose hyperparameters on.
+
+    Raises:
+      DataError: if either part would be empty.
     """
     if not fraction:
         return dataset
     images, labels = dataset.train
     order = np.random.default_rng(0).permutation(len(labels))
     held, rest = np.split(order, [round(fraction * len(labels))])
+    if not min(len(held), len(rest)):
+        raise DataError(
+            f"Holding out {fraction} of {len(labels)} examples leaves none to train on "
+            "or none to evaluate on."
+        )
     train, test = (Examples(images[rows], labels[rows]) for rows in (rest, held))
     return dataset._replace(train=train, test=test)
 

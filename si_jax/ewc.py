@@ -58,7 +58,9 @@ def elastic_weight_consolidation(
       g_k \leftarrow g_k + 2\,c\,F_k\,(\theta_k - \tilde\theta_k).
 
     Pass the gradient of the task's loss alone; there is nothing to add to the loss. At
-    every task's end compute the :func:`fisher` of it and :func:`consolidate`.
+    every task's end compute the :func:`fisher` of it and :func:`consolidate`. Beside
+    Synaptic Intelligence: behind its link, or inside its wrapper, so that ω sees the
+    gradient of the task alone.
 
     Args:
       strength: c = λ/2, at least 0. May be traced.
@@ -170,8 +172,10 @@ def consolidate(
     def merge(state: Any) -> Any:
         if not is_elastic(state):
             return state
-        new = align(importance, state.reference, "importance")
-        theta = align(params, state.reference, "params")
+        new, theta = (
+            jax.tree.map(jnp.asarray, align(tree, state.reference, name))
+            for tree, name in ((importance, "importance"), (params, "params"))
+        )
         decay, online = transform.scalar(state.decay), transform.scalar(state.online)
 
         def summed(old, f):
@@ -252,7 +256,7 @@ def fisher(
         raise ValueError(
             "give one of a key, to sample labels from the model, labels and exact=True."
         )
-    n = len(jax.tree.leaves(inputs)[0])
+    n = min((len(x) for x in jax.tree.leaves(inputs)), default=0)
     if n == 0:
         raise ValueError("there are no inputs.")
     targets = None if labels is None else jnp.asarray(labels)

@@ -54,7 +54,7 @@ def align(tree: Any, like: optax.Params, name: str) -> Any:
             aligned.append(slot)
         elif path not in leaves:
             raise ValueError(
-                f"{where} is missing: Synaptic Intelligence tracks it. {_HINT}"
+                f"{where} is missing: the optimizer's state was made with it. {_HINT}"
             )
         else:
             leaf = leaves.pop(path)

@@ -36,7 +36,7 @@ def gradient_flow(
       >>> print(theory.gradient_flow(hessian, jnp.ones(2), jnp.log(2.0)))
       [1.   0.25]
     """
-    eigenvalues, u = jnp.linalg.eigh(jnp.asarray(hessian))
+    eigenvalues, u = _spectrum(hessian)
     decay = jnp.exp(-eigenvalues * jnp.asarray(time))
     return u @ (decay * (u.mT @ jnp.asarray(discrepancy)))
 
@@ -74,7 +74,7 @@ def path_matrix(
       >>> print(f"{omega.sum():.3f}, {loss_drop:.3f}")
       1.000, 1.000
     """
-    eigenvalues, u = jnp.linalg.eigh(jnp.asarray(hessian))
+    eigenvalues, u = _spectrum(hessian)
     d = u.mT @ jnp.asarray(discrepancy)
     a, b = eigenvalues[:, None], eigenvalues[None, :]
     denominator = a + b - jnp.asarray(learning_rate) * a * b
@@ -174,10 +174,9 @@ def importance(
       >>> print(theory.importance(jnp.diag(jnp.array([1.0, 4.0])), jnp.ones(2)))
       [0.5 2. ]
     """
-    eigenvalues, u = jnp.linalg.eigh(jnp.asarray(hessian))
+    eigenvalues, u = _spectrum(hessian)
     d = u.mT @ jnp.asarray(discrepancy)
-    flat = eigenvalues <= jnp.finfo(eigenvalues.dtype).eps * eigenvalues[-1]
-    displacement = u @ jnp.where(flat, 0, d)
+    displacement = u @ jnp.where(eigenvalues == 0, 0, d)
     omega = jnp.diag(path_matrix(hessian, discrepancy, learning_rate))
     return omega / (jnp.square(displacement) + jnp.asarray(damping))
 
@@ -204,3 +203,10 @@ def noise_path_integral(variance: ArrayLike, time: ArrayLike) -> jax.Array:
       [5. 0.]
     """
     return jnp.asarray(variance) * jnp.asarray(time)
+
+
+def _spectrum(hessian: ArrayLike) -> tuple[jax.Array, jax.Array]:
+    """Eigenvalues, those that are zero but for rounding set to zero; eigenvectors."""
+    eigenvalues, u = jnp.linalg.eigh(jnp.asarray(hessian))
+    error = len(eigenvalues) * float(jnp.finfo(eigenvalues.dtype).eps) * eigenvalues[-1]
+    return jnp.where(eigenvalues <= error, 0, eigenvalues), u

@@ -40,7 +40,7 @@ def quadratic(
       Four panels.
     """
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(8.2, 6.2), layout="constrained")
+        figure = Figure(figsize=(6.6, 5.6), layout="constrained")
         (error, average), (by_batch, by_rate) = figure.subplots(2, 2)
         for (kind, found), marker in zip(
             errors.items(), itertools.cycle("os^D"), strict=False
@@ -112,7 +112,7 @@ def trajectories(
       A panel a task.
     """
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(7.0, 3.4), layout="constrained")
+        figure = Figure(figsize=(5.6, 3.0), layout="constrained")
         panels = figure.subplots(1, len(losses), sharex=True, sharey=True)
         for task, (panel, loss) in enumerate(zip(panels, losses, strict=True)):
             panel.contourf(x, y, np.sqrt(np.asarray(loss)), 20, cmap="Blues")
@@ -159,10 +159,13 @@ def surrogate(found: Mapping[str, Any]) -> Figure:
         axes.plot(
             grid, found["hessian"], color="tab:purple", linestyle="--", label="Hessian"
         )
-        for name, text in (("start", "θ(0)"), ("end", "θ(T)")):
+        for name, text, offset in (
+            ("start", "θ(0)", (4, 5)),
+            ("end", "θ(T)", (5, -12)),
+        ):
             parameter, loss, _ = found[name]
             axes.plot(parameter, loss, "ko", markersize=5)
-            axes.annotate(text, (parameter, loss), (5, -12), textcoords="offset points")
+            axes.annotate(text, (parameter, loss), offset, textcoords="offset points")
         axes.set_ylim(-0.15, 1.15 * max(found["loss"]))
         axes.set_xlabel("θ")
         axes.set_ylabel("Loss")

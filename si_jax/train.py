@@ -57,8 +57,8 @@ class Epoch(NamedTuple):
       accuracy: the fraction of them that was classified correctly.
       surrogate_loss: the penalty of eq. 4 at the epoch's end.
       path_integral: Σω gained in the epoch, the drop of the loss by eq. 3.
-      loss_drop: how far the loss did fall in the epoch, on the task's first 500
-        examples; Σω is larger by what minibatch noise adds.
+      loss_drop: how far the loss did fall in the epoch, on 500 examples spread over the
+        task; Σω is larger by what minibatch noise adds.
       negative: the fraction of parameters whose ω is negative at the epoch's end, and
         so their ω/(Δ² + ξ).
       importance: the largest Ω.
@@ -216,10 +216,11 @@ def learner(
             return sum(jax.tree.leaves(jax.tree.map(jnp.sum, omega)), jnp.zeros(()))
 
         few = min(500, task.rows.shape[-1])
-        first = gather(examples, task, task.rows, jnp.int32(0), few)
+        spread = task.rows[jnp.arange(few, dtype=jnp.int32) * task.size // few]
+        sample = gather(examples, task, spread, jnp.int32(0), few)
 
         def mean_loss(params):
-            return sums(params, first[-1].sum(), *first)[0]
+            return sums(params, sample[-1].sum(), *sample)[0]
 
         steps = (task.size + batch_size - 1) // batch_size
         start, zero = carry, jnp.zeros(())

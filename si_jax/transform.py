@@ -448,7 +448,7 @@ def check_real(params: optax.Params) -> None:
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
             raise ValueError(
-                f"Synaptic Intelligence needs real floating-point parameters; "
+                f"Importances need real floating-point parameters; "
                 f"params{jax.tree_util.keystr(path)} is {jnp.result_type(leaf)}. "
                 "Leave it out with optax.masked."
             )
@@ -503,9 +503,9 @@ def number(name: str, value: Any) -> Any:
         )
     if callable(value):
         raise ValueError(
-            f"{name} must be a number, not a function; to schedule it, wrap the "
-            "factory: optax.inject_hyperparams(si_jax.synaptic_intelligence)"
-            f"({name}=schedule)."
+            f"{name} must be a number, not a function; to schedule it, wrap what takes "
+            "it: optax.inject_hyperparams(si_jax.synaptic_intelligence)"
+            f"({name}=schedule), say."
         )
     if jnp.shape(value) != ():
         raise ValueError(

@@ -195,6 +195,17 @@ def test_special_cases_are_eq_11():
     )
 
 
+def test_rounding_does_not_turn_flat_directions_into_valleys():
+    """A Hessian of rank one in float32: every Ω is λ/2."""
+    with jax.enable_x64(False):
+        keys = jax.random.split(jax.random.key(0))
+        u = jax.random.normal(keys[0], (50,))
+        u = u / jnp.linalg.norm(u)
+        start = jax.random.normal(keys[1], (50,))
+        importance = theory.importance(2 * u[:, None] * u[None, :], start)
+    np.testing.assert_allclose(importance, 1, rtol=1e-2)
+
+
 def test_trace_of_the_path_matrix_is_the_loss_drop(hessian):
     start = START.astype(jnp.float64)
     drop = start @ hessian @ start / 2
