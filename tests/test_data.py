@@ -289,6 +289,9 @@ def test_held_out_examples_come_from_the_training_set_and_are_not_trained_on():
     assert sorted([*trained, *evaluated]) == list(range(600)), "and no test example"
     np.testing.assert_array_equal(held.test.labels, evaluated % 10)
     assert data.hold_out(whole, 0.0) is whole
+    for fraction in (1e-6, 0.9999):
+        with pytest.raises(data.DataError, match="leaves none"):
+            data.hold_out(whole, fraction)
 
 
 def test_joined_data_sets_keep_their_labels_apart():

@@ -104,6 +104,9 @@ def test_shipped_configurations_parse(name):
         (["--held-out", "1"], "held_out must be in [0, 1)"),
         (["--dropout", "1"], "dropout must be in [0, 1)"),
         (["--tasks", "0"], "tasks must be at least 1"),
+        (["--methods"], "methods must name at least one"),
+        (["--hidden"], "hidden must be widths"),
+        (["--damping", "inf"], "damping must be > 0 and finite"),
     ],
 )
 def test_values_that_make_no_sense_are_refused(arguments, message, capsys):

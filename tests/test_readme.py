@@ -36,6 +36,15 @@ def test_numbers_are_the_records():
     assert benchmark_sweep.table(record("benchmark_sweep")["seconds"]) in README
 
 
+def test_permuted_mnist_is_the_record():
+    shown = record("permuted_mnist")
+    assert shown["config"]["epochs"] == 20
+    accuracy = shown["summary"]["si c=0.1"]["test"]["average_accuracy"]["mean"]
+    assert f"{accuracy:.4f} on average over ten tasks" in README
+    assert f"{shown['runs']['si c=0.1']['seconds']:.0f} s on two" in README
+    assert accuracy > 0.96
+
+
 def test_split_mnist_record_shows_what_it_must():
     shown = record("split_mnist")
     assert shown["config"]["seeds"] == 10

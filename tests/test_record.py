@@ -125,3 +125,11 @@ def test_summary_and_table():
     ]
     one = {"si": {"test": MATRIX[:1]}}
     assert "±" not in table(one, "test", ["a", "b"]), "one seed has no spread"
+
+
+def test_methods_do_not_share_their_checkpoints(tmp_path):
+    record = Record("e", Options(out=tmp_path))
+    folders = {
+        record.checkpoints(f"si c={c:g}")._folder for c in (1e6, 1e-6, 1.0, 10.0)
+    }
+    assert len(folders) == 4
