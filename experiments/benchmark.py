@@ -48,7 +48,7 @@ class Config(command.Options):
         "permuted MNIST",
     )
     """The paper's networks, with their batch sizes."""
-    repetitions: int = 15
+    repetitions: int = 9
     """Timings of each method."""
     large: int = 100_000_000
     """Parameters of a tree like a transformer's, to time the update on; 0: none."""
