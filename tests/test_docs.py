@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from experiments import importance
+from experiments import benchmark, importance
 
 ROOT = Path(__file__).parent.parent
 PAGES = [*(ROOT / "docs").glob("*.md"), *(ROOT / "docs/guides").glob("*.md")]
@@ -43,6 +43,8 @@ def record(name):
 def test_numbers_are_the_records():
     text = (ROOT / "docs/theory.md").read_text()
     assert importance.table(record("importance")["runs"]) in text
+    text = (ROOT / "docs/experiments.md").read_text()
+    assert benchmark.table(record("benchmark")["summary"]) in text
 
 
 def test_every_deviation_has_a_test_that_exists():
