@@ -228,7 +228,10 @@ def run(config: Config) -> None:
 
 def report(config: Config, record: Record) -> None:
     """Print the tables and draw the figure."""
-    runs = record.runs
+    runs = {  # a part that was computed under other versions says which
+        name: {key: value for key, value in found.items() if key != "versions"}
+        for name, found in record.runs.items()
+    }
     print("\nLargest relative error of ω against eq. 11, by learning rate")
     print(error_table(runs["error by step"], config))
     print("\nΣω over the loss drop, mean over the seeds, by batch size")
