@@ -89,7 +89,7 @@ def quadratic(
         by_batch.set_xscale("log", base=2)
         by_batch.set_xlabel("batch size")
         by_batch.set_title(f"minibatch noise, η = {noisy['learning rate']:g}")
-        by_rate.set_xlabel("learning rate η of SGD (momentum, Adam: η/10)")
+        by_rate.set_xlabel("learning rate η (momentum, Adam: η/10)")
         by_rate.set_title(f"minibatch noise, batch size {noisy['batch size']}")
     return figure
 
