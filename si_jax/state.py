@@ -25,7 +25,7 @@ _Memory = (
 def reset_optimizer(
     tx: optax.GradientTransformation, opt_state: optax.OptState, params: optax.Params
 ) -> optax.OptState:
-    """Start the optimizer afresh, moments and counts, and keep what SI remembers.
+    """Start the optimizer afresh, moments and counts; keep what SI and EWC remember.
 
     The authors do so between the tasks of split MNIST and split CIFAR. (Their code
     keeps Adam's step count; a fresh bias correction needs it to start at zero.)
@@ -37,11 +37,12 @@ def reset_optimizer(
       params: the current parameters.
 
     Returns:
-      ``tx.init(params)`` with Synaptic Intelligence's memory from ``opt_state``.
+      ``tx.init(params)`` with the memory of Synaptic Intelligence and EWC from
+      ``opt_state``.
 
     Raises:
-      ValueError: if there is no Synaptic Intelligence in ``opt_state``, or if it was
-        not made by ``tx`` for such parameters.
+      ValueError: if there is neither in ``opt_state``, or if it was not made by ``tx``
+        for such parameters.
 
     Example:
       >>> import jax.numpy as jnp, optax, si_jax
@@ -101,15 +102,16 @@ def surrogate_loss(opt_state: optax.OptState, params: optax.Params) -> jax.Array
     Its gradient is already in the updates; do not add it to the loss.
 
     Args:
-      opt_state: the state of an optimizer that contains Synaptic Intelligence.
+      opt_state: the state of an optimizer that contains Synaptic Intelligence, EWC, or
+        both.
       params: the current parameters.
 
     Returns:
-      A scalar in the units of the loss, summed over all of Synaptic Intelligence in
-      ``opt_state``.
+      A scalar in the units of the loss, summed over all of them in ``opt_state``.
 
     Raises:
-      ValueError: as :func:`consolidate`.
+      ValueError: if there is neither in ``opt_state``, if ``params`` does not fit it,
+        or if the state is batched (then call it inside ``jax.vmap``).
 
     Example:
       >>> import jax.numpy as jnp, optax, si_jax
