@@ -8,7 +8,6 @@ from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from matplotlib.figure import Figure
@@ -131,10 +130,7 @@ def make_problem(config: Config) -> driver.Problem:
         tasks.permuted(len(examples.labels), config.tasks, digits.classes)
         for examples in (digits.train, digits.test)
     )
-    evaluated = train._replace(
-        rows=train.rows[:, :TRAIN_EVALUATED],
-        size=jnp.minimum(train.size, TRAIN_EVALUATED),
-    )
+    evaluated = tasks.first(train, TRAIN_EVALUATED)
     return driver.Problem(
         digits.train, digits.test, evaluated, test, train, permutations=config.tasks
     )

@@ -5,7 +5,6 @@ from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from matplotlib.figure import Figure
@@ -106,16 +105,9 @@ def make_problem(config: Config) -> driver.Problem:
         for examples in (images.train, images.test)
     )
     if config.examples:
-        train = first(train, config.examples)
+        train = tasks.first(train, config.examples)
     return driver.Problem(
-        images.train, images.test, first(train, TRAIN_EVALUATED), test, train
-    )
-
-
-def first(stack: tasks.Task, count: int) -> tasks.Task:
-    """The first ``count`` examples of each task."""
-    return stack._replace(
-        rows=stack.rows[:, :count], size=jnp.minimum(stack.size, count)
+        images.train, images.test, tasks.first(train, TRAIN_EVALUATED), test, train
     )
 
 

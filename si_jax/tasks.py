@@ -129,6 +129,13 @@ def together(tasks: Task) -> Task:
     )
 
 
+def first(tasks: Task, count: int) -> Task:
+    """The first ``count`` examples of each of several stacked tasks, or all it has."""
+    return tasks._replace(
+        rows=tasks.rows[:, :count], size=jnp.minimum(tasks.size, jnp.int32(count))
+    )
+
+
 def permute(examples: Examples, key: jax.Array, count: int) -> PermutedExamples:
     """See a data set through ``count`` permutations; the first leaves it as it is.
 
