@@ -64,6 +64,65 @@ class State(NamedTuple):
     seconds: np.ndarray
 
 
+class Method(NamedTuple):
+    """One of the methods that an experiment compares.
+
+    Attributes:
+      make_learner: from ``strength`` and ``damping``, traced, to the pieces of a run.
+      strength: c of eq. 4.
+      learns: from the experiment's problem to what this method learns, if another.
+      from_scratch: start every task with the run's initial network.
+    """
+
+    make_learner: Callable[..., Learner]
+    strength: float = 0.0
+    learns: Callable[[Problem], Problem] = lambda problem: problem
+    from_scratch: bool = False
+
+
+def run_methods(
+    methods: Mapping[str, Method],
+    make_problem: Callable[[], Problem],
+    *,
+    seeds: int,
+    epochs: int,
+    damping: float,
+    record: Record,
+    options: Options,
+    summary: Callable[[str, dict[str, Any]], dict[str, Any]] | None = None,
+) -> None:
+    """Run the methods that are not finished, one after the other, and record them.
+
+    Args:
+      methods: by name.
+      make_problem: the tasks; not called if all is finished.
+      seeds: runs of each method, with the seeds 0, 1, ….
+      epochs: passes over each task.
+      damping: ξ of eq. 5.
+      record: keeps the results.
+      options: see :func:`run`.
+      summary: of a method's name and result, if not the usual one.
+    """
+    todo = {k: method for k, method in methods.items() if k not in record.runs}
+    if todo:
+        problem = make_problem()
+    elif is_first():
+        print(f"Finished before: the results are those in {record.folder}.")
+    for name, method in todo.items():
+        result = run(
+            method.make_learner,
+            {"strength": [method.strength] * seeds, "damping": [damping] * seeds},
+            range(seeds),
+            method.learns(problem),
+            epochs=epochs,
+            method=name,
+            record=record,
+            options=options,
+            from_scratch=method.from_scratch,
+        )
+        record.add(name, result, summary and summary(name, result))
+
+
 def run(
     make_learner: Callable[..., Learner],
     hyperparameters: Mapping[str, Sequence[float]],

@@ -4,6 +4,7 @@ Ten tasks, the digits seen through ten permutations of their pixels, for one rea
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
@@ -14,13 +15,14 @@ from matplotlib.figure import Figure
 
 import si_jax
 from experiments import command, driver
+from experiments.driver import Method
 from experiments.record import Record, aligned, cell, is_first, summarize
 from experiments.split_mnist import NAMES, check_strengths
 from si_jax import data, ewc, figures, metrics, tasks
 from si_jax.models import MLP
 from si_jax.train import Learner, learner
 
-Method = Literal["si", "fine-tuning", "ewc", "sgd", "sgd+dropout", "joint", "single"]
+Name = Literal["si", "fine-tuning", "ewc", "sgd", "sgd+dropout", "joint", "single"]
 TRAIN_EVALUATED = 10_000  # of each task's training examples, to evaluate on
 
 
@@ -28,7 +30,7 @@ TRAIN_EVALUATED = 10_000  # of each task's training examples, to evaluate on
 class Config(command.Options):
     """Permuted MNIST (Figs. 4 and 5): one task after the other, several methods."""
 
-    methods: tuple[Method, ...] = (
+    methods: tuple[Name, ...] = (
         "si",
         "fine-tuning",
         "ewc",
@@ -90,32 +92,24 @@ class Config(command.Options):
 
 def make_learner(
     config: Config,
-    optimizer: optax.GradientTransformation | None = None,
+    tx: Callable[[jax.Array, jax.Array], optax.GradientTransformation],
     *,
     dropout: float = 0.0,
-    elastic: bool = False,
+    fisher_examples: int = 0,
     remember: int = 0,
 ) -> Callable[..., Learner]:
-    """The pieces of a run as a function of the hyperparameters that may be swept.
-
-    Synaptic Intelligence watches every method; at strength 0 it only measures.
-    """
+    """The pieces of a run as a function of the hyperparameters that may be swept."""
     model = MLP(config.hidden, 10, dropout=dropout)
-    inner = optimizer or optax.adam(config.learning_rate)
 
-    def make(
-        strength: jax.Array, damping: jax.Array, ewc_strength: jax.Array
-    ) -> Learner:
-        link = ewc.elastic_weight_consolidation(ewc_strength)
-        method = optax.chain(link, inner) if elastic else inner
+    def make(strength: jax.Array, damping: jax.Array) -> Learner:
         return learner(
             model,
-            si_jax.with_synaptic_intelligence(method, strength, damping),
+            tx(strength, damping),
             (28, 28, 1),
             batch_size=config.batch_size,
             reset_optimizer=False,
             dropout=dropout > 0,
-            fisher_examples=config.fisher_examples if elastic else 0,
+            fisher_examples=fisher_examples,
             remember=remember,
         )
 
@@ -136,78 +130,78 @@ def make_problem(config: Config) -> driver.Problem:
     )
 
 
-def names(config: Config) -> dict[str, tuple[Method, float]]:
-    """The methods that the configuration asks for, by name, with their strength c."""
-    found: dict[str, tuple[Method, float]] = {}
+def methods(config: Config) -> dict[str, driver.Method]:
+    """What the configuration compares, by name."""
+    adam, sgd = optax.adam(config.learning_rate), optax.sgd(config.sgd_learning_rate)
+
+    def synaptic(strength, damping):
+        return si_jax.with_synaptic_intelligence(adam, strength, damping)
+
+    def elastic(strength, _):
+        return optax.chain(ewc.elastic_weight_consolidation(strength), adam)
+
+    make = functools.partial(make_learner, config)
+    found: dict[str, driver.Method] = {}
     for method in config.methods:
-        if method in ("si", "ewc"):
-            all_c = config.strengths if method == "si" else config.ewc_strengths
-            found |= {f"{method} c={c:g}": (method, c) for c in all_c}
-        else:
-            found[method] = (method, 0.0)
+        match method:
+            case "si":
+                of_si = make(synaptic, remember=config.tasks)
+                arms = {f"si c={c:g}": Method(of_si, c) for c in config.strengths}
+            case "fine-tuning":  # watched, for Fig. 5
+                arms = {method: Method(make(synaptic, remember=config.tasks))}
+            case "ewc":
+                of_ewc = make(elastic, fisher_examples=config.fisher_examples)
+                arms = {f"ewc c={c:g}": Method(of_ewc, c) for c in config.ewc_strengths}
+            case "sgd":
+                arms = {method: Method(make(lambda *_: sgd))}
+            case "sgd+dropout":
+                of_dropout = make(lambda *_: sgd, dropout=config.dropout)
+                arms = {method: Method(of_dropout)}
+            case "joint":
+                arms = {method: Method(make(lambda *_: adam), learns=all_at_once)}
+            case "single":
+                arms = {method: Method(make(lambda *_: adam), learns=only_the_first)}
+        found |= arms
     return found
 
 
-def arm(
-    method: Method, config: Config, problem: driver.Problem
-) -> tuple[Callable[..., Learner], driver.Problem]:
-    """How a method learns, and what."""
-    sgd = optax.sgd(config.sgd_learning_rate)
-    match method:
-        case "si" | "fine-tuning":
-            return make_learner(config, remember=config.tasks), problem
-        case "ewc":
-            return make_learner(config, elastic=True), problem
-        case "sgd":
-            return make_learner(config, sgd), problem
-        case "sgd+dropout":
-            return make_learner(config, sgd, dropout=config.dropout), problem
-        case "joint":
-            everything = tasks.together(problem.stages or problem.train_tasks)
-            return make_learner(config), problem._replace(stages=everything)
-        case "single":
-            train, test, stages = (
-                jax.tree.map(lambda x: x[:1], stack)
-                for stack in (problem.train_tasks, problem.test_tasks, problem.stages)
-            )
-            first = problem._replace(
-                train_tasks=train, test_tasks=test, stages=stages, permutations=1
-            )
-            return make_learner(config), first
+def all_at_once(problem: driver.Problem) -> driver.Problem:
+    """All tasks as one."""
+    return problem._replace(
+        stages=tasks.together(problem.stages or problem.train_tasks)
+    )
+
+
+def only_the_first(problem: driver.Problem) -> driver.Problem:
+    """The first task alone."""
+    train, test, stages = (
+        jax.tree.map(lambda x: x[:1], stack)
+        for stack in (problem.train_tasks, problem.test_tasks, problem.stages)
+    )
+    return problem._replace(
+        train_tasks=train, test_tasks=test, stages=stages, permutations=1
+    )
 
 
 def run(config: Config) -> None:
     """Run every method that is not finished, then print and draw all of them."""
     folder = f"{config.data}-held-out" if config.held_out else config.data
     record = Record("permuted_mnist", config, default=folder)
-    todo = {k: v for k, v in names(config).items() if k not in record.runs}
-    if todo:
-        problem = make_problem(config)
-    elif is_first():
-        print(f"Finished before: the results are those in {record.folder}.")
-    for name, (method, strength) in todo.items():
-        make, learned = arm(method, config, problem)
-        values = {
-            "strength": 0.0 if method == "ewc" else strength,
-            "damping": config.damping,
-            "ewc_strength": strength,
-        }
-        result = driver.run(
-            make,
-            {key: [value] * config.seeds for key, value in values.items()},
-            range(config.seeds),
-            learned,
-            epochs=config.epochs,
-            method=name,
-            record=record,
-            options=config,
-        )
-        record.add(name, result, summary(result))
+    driver.run_methods(
+        methods(config),
+        lambda: make_problem(config),
+        seeds=config.seeds,
+        epochs=config.epochs,
+        damping=config.damping,
+        record=record,
+        options=config,
+        summary=summary,
+    )
     if is_first():
         report(config, record)
 
 
-def summary(run: dict[str, Any]) -> dict[str, Any]:
+def summary(_: str, run: dict[str, Any]) -> dict[str, Any]:
     """The usual measures; of ω, how each task's correlates with the earlier ones'."""
     found = summarize(run)
     if "correlations" in run:

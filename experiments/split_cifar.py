@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 
 import si_jax
 from experiments import command, driver
+from experiments.driver import Method
 from experiments.record import (
     Record,
     aligned,
@@ -24,7 +25,7 @@ from si_jax import data, figures, tasks
 from si_jax.models import CNN
 from si_jax.train import Learner, learner
 
-Method = Literal["si", "fine-tuning", "from scratch"]
+Name = Literal["si", "fine-tuning", "from scratch"]
 TRAIN_EVALUATED = 5000  # of each task's training examples, to evaluate on
 
 
@@ -32,7 +33,7 @@ TRAIN_EVALUATED = 5000  # of each task's training examples, to evaluate on
 class Config(command.Options):
     """Split CIFAR-10/100 (Fig. 6): CIFAR-10, then 50 classes of CIFAR-100 by tens."""
 
-    methods: tuple[Method, ...] = ("si", "fine-tuning", "from scratch")
+    methods: tuple[Name, ...] = ("si", "fine-tuning", "from scratch")
     """What to run; more can be added later in the same --out."""
     seeds: int = 1
     """Runs of each method, with the seeds 0, 1, …"""
@@ -130,14 +131,16 @@ def make_learner(config: Config) -> Callable[..., Learner]:
     return make
 
 
-def names(config: Config) -> dict[str, float]:
-    """The methods that the configuration asks for, by name, with their strength c."""
-    found: dict[str, float] = {}
+def methods(config: Config) -> dict[str, Method]:
+    """What the configuration compares, by name."""
+    make = make_learner(config)
+    found: dict[str, Method] = {}
     for method in config.methods:
         if method == "si":
-            found |= {f"si c={c:g}": c for c in config.strengths}
+            found |= {f"si c={c:g}": Method(make, c) for c in config.strengths}
         else:
-            found[method] = 0.0
+            scratch = method == "from scratch"
+            found[method] = Method(make, from_scratch=scratch)
     return found
 
 
@@ -145,32 +148,21 @@ def run(config: Config) -> None:
     """Run every method that is not finished, then print and draw all of them."""
     folder = f"{config.data}-held-out" if config.held_out else config.data
     record = Record("split_cifar", config, default=folder)
-    todo = {k: v for k, v in names(config).items() if k not in record.runs}
-    if todo:
-        problem = make_problem(config)
-    elif is_first():
-        print(f"Finished before: the results are those in {record.folder}.")
-    for name, strength in todo.items():
-        result = driver.run(
-            make_learner(config),
-            {
-                "strength": [strength] * config.seeds,
-                "damping": [config.damping] * config.seeds,
-            },
-            range(config.seeds),
-            problem,
-            epochs=config.epochs,
-            method=name,
-            record=record,
-            options=config,
-            from_scratch=name == "from scratch",
-        )
-        record.add(name, result, summary(result, name))
+    driver.run_methods(
+        methods(config),
+        lambda: make_problem(config),
+        seeds=config.seeds,
+        epochs=config.epochs,
+        damping=config.damping,
+        record=record,
+        options=config,
+        summary=summary,
+    )
     if is_first():
         report(config, record)
 
 
-def summary(run: dict[str, Any], method: str) -> dict[str, Any]:
+def summary(method: str, run: dict[str, Any]) -> dict[str, Any]:
     """The usual measures; of nets from scratch, the mean accuracy on their own task."""
     if method != "from scratch":
         return summarize(run)

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 
 import si_jax
 from experiments import command, driver
+from experiments.driver import Method
 from experiments.record import Record, is_first, table
 from si_jax import data, figures, tasks
 from si_jax.models import MLP
@@ -80,12 +81,15 @@ def check_strengths(name: str, strengths: tuple[float, ...]) -> None:
         raise ValueError(f"{name} must be one or more, and differ: {strengths}")
 
 
-def methods(config: Config) -> dict[str, tuple[optax.GradientTransformation, float]]:
-    """Each method's optimizer and its strength c."""
-    adam = optax.adam(config.learning_rate)
-    arms = {f"si c={c:g}" if c else "fine-tuning": (adam, c) for c in config.strengths}
+def methods(config: Config) -> dict[str, Method]:
+    """What the configuration compares, by name."""
+    adam = make_learner(config, optax.adam(config.learning_rate))
+    arms = {
+        f"si c={c:g}" if c else "fine-tuning": Method(adam, c) for c in config.strengths
+    }
     if config.sgd_learning_rate:
-        arms["sgd"] = (optax.sgd(config.sgd_learning_rate), 0.0)
+        sgd = make_learner(config, optax.sgd(config.sgd_learning_rate))
+        arms["sgd"] = Method(sgd)
     return arms
 
 
@@ -122,26 +126,15 @@ def make_problem(config: Setting, held_out: float = 0.0) -> driver.Problem:
 def run(config: Config) -> None:
     """Run every method that is not finished, then print and draw all of them."""
     record = Record("split_mnist", config, default=config.data)
-    todo = {k: v for k, v in methods(config).items() if k not in record.runs}
-    if todo:
-        problem = make_problem(config)
-    elif is_first():
-        print(f"Finished before: the results are those in {record.folder}.")
-    for name, (inner, strength) in todo.items():
-        result = driver.run(
-            make_learner(config, inner),
-            {
-                "strength": [strength] * config.seeds,
-                "damping": [config.damping] * config.seeds,
-            },
-            range(config.seeds),
-            problem,
-            epochs=config.epochs,
-            method=name,
-            record=record,
-            options=config,
-        )
-        record.add(name, result)
+    driver.run_methods(
+        methods(config),
+        lambda: make_problem(config),
+        seeds=config.seeds,
+        epochs=config.epochs,
+        damping=config.damping,
+        record=record,
+        options=config,
+    )
     if is_first():
         report(config, record)
 

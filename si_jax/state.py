@@ -61,7 +61,7 @@ def reset_optimizer(
     for state in kept:
         scalar(state.strength)
     fresh = tx.init(params)
-    if [type(state) for state in _find(fresh)] != [type(state) for state in kept]:
+    if [type(state) for state in find(fresh)] != [type(state) for state in kept]:
         raise ValueError(
             "opt_state was not made by this tx: they do not hold the same memories in "
             "the same form and number."
@@ -153,18 +153,18 @@ def _map(function: Callable[[Any], Any], opt_state: optax.OptState) -> Any:
     )
 
 
-def _find(opt_state: optax.OptState) -> list[Any]:
-    """In the order of :func:`_map`; the wrapper's optimizer may hold more of them."""
+def find(opt_state: optax.OptState) -> list[Any]:
+    """The states of SI and EWC inside ``opt_state``, in the order of :func:`_map`."""
     found = []
     for state in filter(_is_memory, jax.tree.leaves(opt_state, is_leaf=_is_memory)):
-        found.append(state)
+        found.append(state)  # the wrapper's optimizer may hold more of them
         if isinstance(state, WithSynapticIntelligenceState):
-            found += _find(state.inner_state)
+            found += find(state.inner_state)
     return found
 
 
 def _require(opt_state: optax.OptState) -> list[Any]:
-    states = _find(opt_state)
+    states = find(opt_state)
     if not states:
         raise ValueError(
             "opt_state holds no Synaptic Intelligence and no EWC: build the optimizer "

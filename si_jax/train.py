@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 
 import si_jax
-from si_jax import ewc, metrics
+from si_jax import ewc, metrics, state, transform
 from si_jax.data import Examples
 from si_jax.models import mask_logits
 from si_jax.tasks import PermutedExamples, Task, look_up, shuffle
@@ -38,7 +38,8 @@ class Carry(NamedTuple):
 
     Attributes:
       params: the network's parameters.
-      opt_state: the optimizer's state, with Synaptic Intelligence's inside.
+      opt_state: the optimizer's state, with Synaptic Intelligence's inside if it has
+        one.
       path_integrals: ω of the finished tasks, the newest last, where it is kept: a tree
         like the parameters with a first axis over the tasks.
     """
@@ -49,16 +50,17 @@ class Carry(NamedTuple):
 
 
 class Epoch(NamedTuple):
-    """What an epoch reports: float32 scalars.
+    """What an epoch reports: float32 scalars, ``None`` where there is no such thing.
 
     Attributes:
       loss: the task's cross-entropy in nats, without the surrogate loss, averaged over
         the examples as they were seen.
       accuracy: the fraction of them that was classified correctly.
-      surrogate_loss: the penalty of eq. 4 at the epoch's end.
-      path_integral: Σω gained in the epoch, the drop of the loss by eq. 3.
-      loss_drop: how far the loss did fall in the epoch, on 500 examples spread over the
-        task; Σω is larger by what minibatch noise adds.
+      loss_drop: how far the loss fell in the epoch, on 500 examples spread over the
+        task.
+      surrogate_loss: the penalty of eq. 4, SI's or EWC's, at the epoch's end.
+      path_integral: Σω gained in the epoch, the drop of the loss by eq. 3; larger than
+        ``loss_drop`` by what minibatch noise adds.
       negative: the fraction of parameters whose ω is negative at the epoch's end, and
         so their ω/(Δ² + ξ).
       importance: the largest Ω.
@@ -66,11 +68,11 @@ class Epoch(NamedTuple):
 
     loss: jax.Array
     accuracy: jax.Array
-    surrogate_loss: jax.Array
-    path_integral: jax.Array
     loss_drop: jax.Array
-    negative: jax.Array
-    importance: jax.Array
+    surrogate_loss: jax.Array | None = None
+    path_integral: jax.Array | None = None
+    negative: jax.Array | None = None
+    importance: jax.Array | None = None
 
 
 class Learner(NamedTuple):
@@ -123,8 +125,8 @@ def learner(
 
     Args:
       model: a network for float32 images ``(batch, *image_shape)`` in [0, 1].
-      tx: an optimizer with Synaptic Intelligence; strength 0 is the plain optimizer.
-        Its hyperparameters may be traced.
+      tx: an optimizer, with Synaptic Intelligence (at strength 0 it only measures) or
+        without. Its hyperparameters may be traced.
       image_shape: height, width, channels.
       batch_size: examples a step; an epoch's last batch may be smaller.
       reset_optimizer: start every task with a fresh optimizer.
@@ -202,18 +204,14 @@ def learner(
             zero = (jax.tree.map(jnp.zeros_like, params), (jnp.zeros(()),) * 2)
             return jax.lax.scan(add, zero, (parts, keys))[0]
 
-        def step(i, state):
-            (params, opt_state), seen = state
+        def step(i, running):
+            (params, opt_state), seen = running
             batch = gather(examples, task, order, i, batch_size)
             key = jax.random.fold_in(dropout_key, i)
             grads, new = gradient(params, batch, key)
             updates, opt_state = tx.update(grads, opt_state, params)
             params = optax.apply_updates(params, updates)
             return (params, opt_state), jax.tree.map(jnp.add, seen, new)
-
-        def total_path_integral(carry):
-            omega = si_jax.synapses(carry.opt_state).path_integral
-            return sum(jax.tree.leaves(jax.tree.map(jnp.sum, omega)), jnp.zeros(()))
 
         few = min(500, task.rows.shape[-1])
         spread = task.rows[jnp.arange(few, dtype=jnp.int32) * task.size // few]
@@ -229,21 +227,12 @@ def learner(
         )
         carry = carry._replace(params=params, opt_state=opt_state)
         size = task.size.astype(jnp.float32)
-        synapses = si_jax.synapses(carry.opt_state)
-        omega = jnp.concatenate(
-            list(map(jnp.ravel, jax.tree.leaves(synapses.path_integral)))
-        )
-        return carry, Epoch(
+        report = Epoch(
             loss=loss / size,
             accuracy=correct / size,
-            surrogate_loss=si_jax.surrogate_loss(carry.opt_state, carry.params),
-            path_integral=total_path_integral(carry) - total_path_integral(start),
             loss_drop=mean_loss(start.params) - mean_loss(carry.params),
-            negative=jnp.mean(omega < 0, dtype=jnp.float32),
-            importance=jnp.stack(
-                [x.max() for x in jax.tree.leaves(synapses.importance)]
-            ).max(),
         )
+        return carry, _with_synapses(report, start, carry)
 
     def finish(
         carry: Carry, examples: AnyExamples, task: Task, key: jax.Array
@@ -265,9 +254,12 @@ def learner(
 
             importance = ewc.fisher(of_one, params, images, label_key)
             opt_state = ewc.consolidate(opt_state, params, importance)
-        opt_state = si_jax.consolidate(opt_state, params)
-        if reset_optimizer:
+        if transform.find(opt_state):
+            opt_state = si_jax.consolidate(opt_state, params)
+        if reset_optimizer and state.find(opt_state):
             opt_state = si_jax.reset_optimizer(tx, opt_state, params)
+        elif reset_optimizer:
+            opt_state = tx.init(params)
         return Carry(params, opt_state, history)
 
     def evaluate(carry: Carry, examples: AnyExamples, tasks: Task) -> jax.Array:
@@ -288,6 +280,28 @@ def learner(
         return jax.lax.map(accuracy, tasks)
 
     return Learner(init, epoch, finish, evaluate)
+
+
+def _with_synapses(report: Epoch, start: Carry, end: Carry) -> Epoch:
+    """What Synaptic Intelligence and EWC, if they are there, say of an epoch."""
+    if state.find(end.opt_state):
+        penalty = si_jax.surrogate_loss(end.opt_state, end.params)
+        report = report._replace(surrogate_loss=penalty)
+    if not transform.find(end.opt_state):
+        return report
+
+    def total(path_integral):
+        sums = jax.tree.map(jnp.sum, path_integral)
+        return sum(jax.tree.leaves(sums), jnp.zeros(()))
+
+    before, after = (si_jax.synapses(carry.opt_state) for carry in (start, end))
+    omega = jnp.concatenate(list(map(jnp.ravel, jax.tree.leaves(after.path_integral))))
+    largest = [x.max() for x in jax.tree.leaves(after.importance)]
+    return report._replace(
+        path_integral=total(after.path_integral) - total(before.path_integral),
+        negative=jnp.mean(omega < 0, dtype=jnp.float32),
+        importance=jnp.stack(largest).max(),
+    )
 
 
 def epoch_key(

@@ -321,7 +321,7 @@ def with_synaptic_intelligence(
     def init_fn(params: optax.Params) -> WithSynapticIntelligenceState:
         synapses = _init_synapses(params)
         inner_state = inner.init(params)
-        if _find(inner_state):
+        if find(inner_state):
             raise ValueError(
                 "with_synaptic_intelligence wraps an optimizer that already contains "
                 "Synaptic Intelligence: use the wrapper or the link, not both."
@@ -521,12 +521,13 @@ def _is_synaptic(x: Any) -> bool:
     return isinstance(x, _State)
 
 
-def _find(opt_state: optax.OptState) -> list[Any]:
+def find(opt_state: optax.OptState) -> list[Any]:
+    """The states of Synaptic Intelligence inside ``opt_state``."""
     return list(filter(_is_synaptic, jax.tree.leaves(opt_state, is_leaf=_is_synaptic)))
 
 
 def _require(opt_state: optax.OptState) -> list[Any]:
-    states = _find(opt_state)
+    states = find(opt_state)
     if not states:
         raise ValueError(
             "opt_state holds no Synaptic Intelligence: build the optimizer with "
