@@ -11,26 +11,49 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from matplotlib.figure import Figure
 
 import si_jax
 from experiments import command
 from experiments.record import Record, aligned, is_first
-from si_jax.models import MLP
+from si_jax import figures
+from si_jax.models import CNN, MLP
+from si_jax.train import sum_over_parts
 
 
 class Net(NamedTuple):
-    """A network of the paper's, its batch size, and the steps of one timing."""
+    """A network of the paper's and how a step of it is taken.
 
-    hidden: tuple[int, ...]
+    Attributes:
+      model: in Flax.
+      image_shape: height, width, channels.
+      batch_size: examples a step.
+      steps: of one timing, in one compiled loop.
+      micro_batch: parts of a batch to take one by one; 0 for none.
+    """
+
+    model: MLP | CNN
+    image_shape: tuple[int, int, int]
     batch_size: int
     steps: int
+    micro_batch: int = 0
 
 
 NETS = {
-    "split MNIST": Net((256, 256), 64, 500),
-    "permuted MNIST": Net((2000, 2000), 256, 10),
+    "split MNIST": Net(MLP((256, 256), 10), (28, 28, 1), 64, 500),
+    "permuted MNIST": Net(MLP((2000, 2000), 10), (28, 28, 1), 256, 10),
+    "split CIFAR": Net(CNN(60), (32, 32, 3), 256, 2, micro_batch=32),
+}
+PLAIN = CNN(60, convolve=jax.lax.conv_general_dilated)
+CONVOLUTIONS = {  # what makes the CNN's step fast on a CPU; a single step is no loop
+    "plain": Net(PLAIN, (32, 32, 3), 256, 1),
+    "plain, in a loop": Net(PLAIN, (32, 32, 3), 256, 2),
+    "as products": Net(CNN(60), (32, 32, 3), 256, 2),
+    "as products, parts of 32": NETS["split CIFAR"],
 }
 LARGE = "large tree"
+FLOAT = 4  # bytes
+ACCESSES = {"adam": 7, "wrapper": 11, "link": 15}  # to arrays like the parameters
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,11 +66,14 @@ class Config(command.Options):
     The methods in PyTorch are left out where it is not installed.
     """
 
-    nets: tuple[Literal["split MNIST", "permuted MNIST"], ...] = (
+    nets: tuple[Literal["split MNIST", "permuted MNIST", "split CIFAR"], ...] = (
         "split MNIST",
         "permuted MNIST",
+        "split CIFAR",
     )
     """The paper's networks, with their batch sizes."""
+    convolutions: bool = True
+    """Time what makes the convolutional network fast, too."""
     repetitions: int = 9
     """Timings of each method."""
     large: int = 100_000_000
@@ -82,45 +108,89 @@ def methods() -> dict[str, Method]:
     }
 
 
-Program = Callable[[], Any]
+class Program(NamedTuple):
+    """What is timed, and what is known of it before.
+
+    Attributes:
+      run: takes all its steps.
+      steps: how many.
+      facts: seconds it took to compile, bytes in use at the peak, bytes of the
+        optimizer's state.
+    """
+
+    run: Callable[[], Any]
+    steps: int
+    facts: Mapping[str, float]
 
 
-def stateful(function: Any, state: Any, *shared: Any) -> Program:
-    """A program that hands its result, the state, to its next call."""
+def stateful(function: Any, state: Any, *shared: Any, steps: int = 1) -> Program:
+    """A compiled program that hands its result, the state, to its next call."""
+    start = time.perf_counter()
+    compiled = function.lower(state, *shared).compile()
+    facts = {"compile_s": round(time.perf_counter() - start, 3)}
+    memory = compiled.memory_analysis()
+    if memory is not None:  # not every backend says
+        facts["peak_bytes"] = (
+            memory.argument_size_in_bytes
+            + memory.output_size_in_bytes
+            - memory.alias_size_in_bytes
+            + memory.temp_size_in_bytes
+        )
 
-    def program():
+    def run():
         nonlocal state
-        state = jax.block_until_ready(function(state, *shared))
+        state = jax.block_until_ready(compiled(state, *shared))
 
-    return program
+    return Program(run, steps, facts)
+
+
+def stepping(
+    function: Any, params: optax.Params, method: Method, *shared: Any, steps: int = 1
+) -> Program:
+    """A program on parameters and the optimizer's state, whose size is a fact."""
+    opt_state = method.start(params)
+    size = sum(x.nbytes for x in jax.tree.leaves(opt_state))
+    program = stateful(function, (params, opt_state), *shared, steps=steps)
+    return program._replace(facts={**program.facts, "state_bytes": size})
 
 
 def training(net: Net, method: Method) -> Program:
-    """Steps on random digits, gathered from the device, in one compiled loop."""
-    model, size = MLP(net.hidden, 10), net.batch_size
+    """Steps on random images, gathered from the device, in one compiled loop."""
+    size = net.batch_size
     rng = np.random.default_rng(0)
-    images = jnp.asarray(rng.integers(0, 255, (10_000, 28, 28, 1), np.uint8))
+    images = jnp.asarray(rng.integers(0, 255, (10_000, *net.image_shape), np.uint8))
     labels = jnp.asarray(rng.integers(0, 10, 10_000, np.int32))
 
     @functools.partial(jax.jit, donate_argnums=0)
     def train(state, images, labels):
-        def loss(params, rows):
-            logits = model.apply(params, images[rows].astype(jnp.float32) / 255)
-            return optax.softmax_cross_entropy_with_integer_labels(
-                logits, labels[rows]
-            ).mean()
+        def part(params, rows, key):
+            def loss(params):
+                x = images[rows].astype(jnp.float32) / 255
+                logits = net.model.apply(params, x, rngs={"dropout": key})
+                return optax.softmax_cross_entropy_with_integer_labels(
+                    logits, labels[rows]
+                ).sum()
+
+            return jax.grad(loss)(params)
 
         def step(i, state):
             params, opt_state = state
             rows = (i * size + jnp.arange(size)) % len(labels)
-            grads = jax.grad(loss)(params, rows)
+            key = jax.random.fold_in(jax.random.key(0), i)
+            gradient = functools.partial(part, params)
+            grads = (
+                sum_over_parts(gradient, rows, key, net.micro_batch)
+                if net.micro_batch
+                else gradient(rows, key)
+            )
+            grads = jax.tree.map(lambda g: g / size, grads)
             updates, opt_state = method.tx.update(grads, opt_state, params)
             return optax.apply_updates(params, updates), opt_state
 
         return jax.lax.fori_loop(0, net.steps, step, state)
 
-    params = model.init(jax.random.key(0), jnp.zeros((1, 28, 28, 1)))
-    return stateful(train, (params, method.start(params)), images, labels)
+    params = net.model.init(jax.random.key(0), jnp.zeros((1, *net.image_shape)))
+    return stepping(train, params, method, images, labels, steps=net.steps)
 
 
 def updating(params: optax.Params, method: Method) -> Program:
@@ -134,7 +204,7 @@ def updating(params: optax.Params, method: Method) -> Program:
 
     grads = jax.tree.map(lambda p: 0.01 * p, params)
     params = jax.tree.map(jnp.array, params)
-    return stateful(update, (params, method.start(params)), grads)
+    return stepping(update, params, method, grads)
 
 
 def torch_training(net: Net) -> dict[str, Program]:
@@ -145,18 +215,19 @@ def torch_training(net: Net) -> dict[str, Program]:
 
     from experiments import benchmark_torch
 
-    images = torch.rand(net.batch_size, 784)
-    labels = torch.randint(10, (net.batch_size,))
+    torch.manual_seed(0)
+    images = torch.rand(net.batch_size, *np.roll(net.image_shape, 1))
+    labels = torch.randint(0, 10, (net.batch_size,))
 
     def program(step):
         def run():
             for _ in range(net.steps):
                 step(images, labels)
 
-        return run
+        return Program(run, net.steps, {})
 
     return {
-        name: program(make(benchmark_torch.mlp(net.hidden)))
+        name: program(make(benchmark_torch.network(net.model)))
         for name, make in benchmark_torch.METHODS.items()
     }
 
@@ -168,15 +239,15 @@ def large_tree(size: int) -> optax.Params:
 
 
 def take_turns(
-    programs: Mapping[str, Program], repetitions: int, steps: int
+    programs: Mapping[str, Program], repetitions: int
 ) -> dict[str, list[float]]:
     """Milliseconds a step of every program, in turn, after a call to warm up."""
     times: dict[str, list[float]] = {name: [] for name in programs}
     for repetition in range(-1, repetitions):
         for name, program in programs.items():
             start = time.perf_counter()
-            program()
-            took = (time.perf_counter() - start) * 1e3 / steps
+            program.run()
+            took = (time.perf_counter() - start) * 1e3 / program.steps
             if repetition >= 0:
                 times[name].append(took)
     return times
@@ -186,25 +257,37 @@ def copy_bandwidth(size: int = 2**28) -> float:
     """Bytes per second that this machine copies, read and written."""
     double = jax.jit(lambda x: x + 1, donate_argnums=0)
     program = stateful(double, jnp.zeros(size // 4))
-    times = take_turns({"copy": program}, 10, steps=1)["copy"]
+    times = take_turns({"copy": program}, 10)["copy"]
     return 2 * size / (float(np.median(times)) * 1e-3)
 
 
 def run(config: Config) -> None:
-    """Time what is not timed yet; print a table."""
+    """Time what is not timed yet; print a table, draw the ratios."""
     record = Record("benchmark", config)
     todo: dict[str, Callable[[Config], dict[str, Any]]] = {
         name: functools.partial(time_net, name) for name in config.nets
     }
+    if config.convolutions:
+        todo["convolutions"] = time_convolutions
     todo["update"] = functools.partial(time_update, large=False)
     if config.large:
         todo[LARGE] = functools.partial(time_update, large=True)
-    for name, measure in todo.items():
+    for name, timing in todo.items():
         if name not in record.runs:
-            found = measure(config)
-            record.add(name, found, summary=medians(found["milliseconds"]))
+            found = timing(config)
+            record.add(name, found, summary=summarize(found))
     if is_first():
-        print(table(record.content["summary"]))
+        summary = record.content["summary"]
+        print(table(summary))
+        record.save("benchmark", figure(summary))
+
+
+def measure(programs: Mapping[str, Program], repetitions: int) -> dict[str, Any]:
+    """What is known of the programs, and their times."""
+    return {
+        "facts": {name: program.facts for name, program in programs.items()},
+        "milliseconds": take_turns(programs, repetitions),
+    }
 
 
 def time_net(name: str, config: Config) -> dict[str, Any]:
@@ -212,49 +295,92 @@ def time_net(name: str, config: Config) -> dict[str, Any]:
     net = NETS[name]
     programs = {k: training(net, method) for k, method in methods().items()}
     programs |= torch_training(net)
-    return {"milliseconds": take_turns(programs, config.repetitions, net.steps)}
+    found = measure(programs, config.repetitions)
+    return found | {"batch_size": net.batch_size}
+
+
+def one_by_one(
+    programs: Mapping[str, Callable[[], Program]], repetitions: int
+) -> dict[str, Any]:
+    """As :func:`measure`, for programs that do not fit, or belong, side by side."""
+    found: dict[str, Any] = {}
+    for name, make in programs.items():
+        for key, values in measure({name: make()}, repetitions).items():
+            found[key] = found.get(key, {}) | values
+    return found
+
+
+def time_convolutions(config: Config) -> dict[str, Any]:
+    """A step of the convolutional network with Adam, by how it is computed."""
+    adam = methods()["adam"]
+    makers = {
+        name: functools.partial(training, net, adam)
+        for name, net in CONVOLUTIONS.items()
+    }
+    found = one_by_one(makers, min(config.repetitions, 3))
+    return found | {"batch_size": NETS["split CIFAR"].batch_size}
 
 
 def time_update(config: Config, *, large: bool) -> dict[str, Any]:
     """Updates of the permuted-MNIST net, or of the large tree, and bytes moved."""
-    hidden = NETS["permuted MNIST"].hidden
+    net = NETS["permuted MNIST"]
     params = (
         large_tree(config.large)
         if large
-        else MLP(hidden, 10).init(jax.random.key(0), jnp.zeros((1, 28, 28, 1)))
+        else net.model.init(jax.random.key(0), jnp.zeros((1, *net.image_shape)))
     )
-    count = sum(x.size for x in jax.tree.leaves(params))
-    found: dict[str, Any] = {"parameters": count, "copy": copy_bandwidth()}
-    times: dict[str, list[float]] = {}
-    if large:  # one after the other, as their states do not fit side by side
-        for name, method in methods().items():
-            programs = {name: updating(params, method)}
-            times |= take_turns(programs, config.repetitions, steps=1)
-            del programs  # before the next one's state is made
-    else:
-        programs = {name: updating(params, m) for name, m in methods().items()}
-        times = take_turns(programs, config.repetitions, steps=1)
-    return found | {"milliseconds": times}
+    makers = {
+        name: functools.partial(updating, params, method)
+        for name, method in methods().items()
+    }
+    return {
+        "parameters": sum(x.size for x in jax.tree.leaves(params)),
+        "copy": copy_bandwidth(),
+        **(
+            one_by_one(makers, config.repetitions)
+            if large
+            else measure({k: make() for k, make in makers.items()}, config.repetitions)
+        ),
+    }
+
+
+def summarize(found: Mapping[str, Any]) -> dict[str, Any]:
+    """Each method's times and facts, and what follows from them."""
+    summary = medians(found["milliseconds"])
+    for name, entry in summary.items():
+        entry |= found["facts"][name]
+        if "batch_size" in found:
+            entry["examples_per_s"] = round(found["batch_size"] / entry["ms"] * 1e3, 1)
+        if "copy" in found:
+            moved = ACCESSES[name] * FLOAT * found["parameters"]
+            entry["of_copy_bandwidth"] = round(
+                moved / (entry["ms"] * 1e-3) / found["copy"], 3
+            )
+    return summary
 
 
 def medians(times: Mapping[str, list[float]]) -> dict[str, Any]:
     """Each method's median and quartiles, and its ratios to others.
 
-    A ratio is the median of those within a turn: to the plain optimizer, and to the
-    wrapper.
+    A ratio is the median of those within a turn: to the plain optimizer, or to what
+    comes first, and to the wrapper where there is one.
     """
+    first = next(iter(times))
 
-    def ratio(values: list[float], to: str) -> float:
-        return round(float(np.median(np.divide(values, times[to]))), 3)
+    def compare(name: str, values: list[float]) -> dict[str, float]:
+        to = {"plain": "torch adam" if name.startswith("torch") else first}
+        if "wrapper" in times:
+            to["wrapper"] = "wrapper"
+        return {
+            f"to_{key}": round(float(np.median(np.divide(values, times[other]))), 3)
+            for key, other in to.items()
+        }
 
     return {
         name: {
             "ms": round(float(np.median(values)), 4),
             "quartiles": np.percentile(values, [25, 75]),
-            "to_adam": ratio(
-                values, "torch adam" if name.startswith("torch") else "adam"
-            ),
-            "to_wrapper": ratio(values, "wrapper"),
+            **compare(name, values),
         }
         for name, values in times.items()
     }
@@ -262,16 +388,31 @@ def medians(times: Mapping[str, list[float]]) -> dict[str, Any]:
 
 def table(summary: Mapping[str, Any]) -> str:
     """A row a method of what was timed."""
-    rows = [["", "ms", "× plain Adam", "× wrapper"]]
+    rows = [["", "ms", "× plain", "× wrapper", "compile s", "peak MB", "state MB"]]
+    kinds = (
+        ("ms", 1, ".3f"),
+        ("to_plain", 1, ".2f"),
+        ("to_wrapper", 1, ".2f"),
+        ("compile_s", 1, ".1f"),
+        ("peak_bytes", 1e-6, ".0f"),
+        ("state_bytes", 1e-6, ".1f"),
+    )
     for what, found in summary.items():
         for name, x in found.items():
-            numbers = [
-                f"{x['ms']:.3f}",
-                f"{x['to_adam']:.2f}",
-                f"{x['to_wrapper']:.2f}",
-            ]
-            rows.append([f"{what}, {name}", *numbers])
+            cells = [f"{x[k] * unit:{f}}" if k in x else "" for k, unit, f in kinds]
+            rows.append([f"{what}, {name}", *cells])
     return aligned(rows)
+
+
+def figure(summary: Mapping[str, Any]) -> Figure:
+    """The ratios to the plain optimizer, of what has more than one method."""
+    return figures.ratios(
+        {
+            what: {name: x["to_plain"] for name, x in found.items()}
+            for what, found in summary.items()
+        },
+        label="time by that of the first",
+    )
 
 
 if __name__ == "__main__":

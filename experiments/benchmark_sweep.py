@@ -1,32 +1,38 @@
 """Runs per second against their number: ``python -m experiments.benchmark_sweep``."""
 
 import dataclasses
+import functools
+import importlib.util
 import time
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 import jax
 import numpy as np
 import optax
+from tqdm import tqdm
 
-from experiments import command, split_mnist
-from experiments.record import readable, versions
+from experiments import command, driver, split_mnist
+from experiments.record import aligned, readable, versions
 from si_jax import sweep
 from si_jax.train import train
 
 WAYS = ("one after another", "side by side")
+TORCH = "PyTorch"
 
 
 @dataclasses.dataclass(frozen=True)
 class Config(command.Options):
     """Whole runs of split MNIST per second, by how many are in one program.
 
-    One after another on each device, or side by side (vmap). Compilation is left out;
-    the ways take turns, and the median of the repetitions counts.
+    One after another on each device, or side by side (vmap); and in PyTorch, where it
+    is installed, with SI as usually written. Compilation is left out; the ways take
+    turns, and the median of the repetitions counts.
     """
 
     data: Literal["tfds", "mnist5k"] = "mnist5k"
     """The digits to train on."""
-    runs: tuple[int, ...] = (1, 2, 4, 8, 16)
+    runs: tuple[int, ...] = (1, 2, 4, 10)
     """Numbers of runs in one program."""
     epochs: int = 5
     """Passes over each of the five tasks."""
@@ -51,7 +57,7 @@ def run(config: Config) -> None:
         learner = make_learner(strength=strength, damping=1e-3)
         return train(learner, jax.random.key(seed), *shared, epochs=config.epochs)
 
-    programs = {}
+    programs: dict[tuple[str, int], Callable[[], Any]] = {}
     for count in config.runs:
         mesh = sweep.mesh(count)
         arguments = (
@@ -61,14 +67,19 @@ def run(config: Config) -> None:
         for way, parallel in zip(WAYS, (1, count), strict=True):
             program = sweep.over_runs(one_run, mesh, mapped=2, max_parallel=parallel)
             jax.block_until_ready(program(*arguments))
-            programs[way, count] = program, arguments
-    seconds: dict[str, dict[str, list[float]]] = {way: {} for way in WAYS}
-    for _ in range(config.repetitions):
-        for (way, count), (program, arguments) in programs.items():
+            programs[way, count] = functools.partial(program, *arguments)
+        if importlib.util.find_spec("torch"):
+            programs[TORCH, count] = functools.partial(
+                in_torch, problem, count, config.epochs
+            )
+    seconds: dict[str, dict[str, list[float]]] = {}
+    for _ in tqdm(range(config.repetitions), disable=None):
+        for (way, count), program in programs.items():
             start = time.perf_counter()
-            jax.block_until_ready(program(*arguments))
+            jax.block_until_ready(program())
             took = time.perf_counter() - start
-            seconds[way].setdefault(str(count), []).append(round(took, 4))
+            times = seconds.setdefault(way, {}).setdefault(str(count), [])
+            times.append(round(took, 4))
     print(table(seconds))
     if config.out is not None:
         config.out.mkdir(parents=True, exist_ok=True)
@@ -82,13 +93,25 @@ def run(config: Config) -> None:
         path.write_text(readable(content))
 
 
+def in_torch(problem: driver.Problem, count: int, epochs: int) -> list[np.ndarray]:
+    """The accuracies of ``count`` runs in PyTorch, one after another."""
+    from experiments.benchmark_torch import split_mnist as whole_run
+
+    return [
+        whole_run(
+            problem.train, problem.test, split_mnist.GROUPS, epochs=epochs, seed=seed
+        )
+        for seed in range(count)
+    ]
+
+
 def table(seconds: dict[str, dict[str, list[float]]]) -> str:
     """Runs per second, by the median: a row a number of runs, a column a way."""
-    rows = [f"{'runs':<8}" + "".join(f"{way:>20}" for way in WAYS)]
+    rows = [["runs", *seconds]]
     for count in seconds[WAYS[0]]:
-        rates = [int(count) / float(np.median(seconds[way][count])) for way in WAYS]
-        rows.append(f"{count:<8}" + "".join(f"{rate:20.2f}" for rate in rates))
-    return "\n".join(rows)
+        rates = [int(count) / np.median(times[count]) for times in seconds.values()]
+        rows.append([count, *(f"{rate:.2f}" for rate in rates)])
+    return aligned(rows)
 
 
 if __name__ == "__main__":

@@ -1,28 +1,54 @@
 """Synaptic Intelligence in PyTorch, as users write it, for the benchmark alone."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch import nn
 
+from si_jax.data import Examples
+from si_jax.models import CNN, MLP
 
-def mlp(hidden: tuple[int, ...]) -> nn.Module:
+
+def network(model: MLP | CNN) -> nn.Module:
+    """A network of ours in PyTorch, for images ``(batch, channels, height, width)``."""
+    return mlp(model.hidden) if isinstance(model, MLP) else cnn(model.outputs)
+
+
+def mlp(hidden: tuple[int, ...]) -> nn.Sequential:
     """784 inputs, ReLU layers, 10 outputs."""
-    layers: list[nn.Module] = []
+    layers: list[nn.Module] = [nn.Flatten()]
     widths = (784, *hidden)
     for i in range(len(hidden)):
         layers += [nn.Linear(widths[i], widths[i + 1]), nn.ReLU()]
     return nn.Sequential(*layers, nn.Linear(widths[-1], 10))
 
 
+def cnn(outputs: int) -> nn.Sequential:
+    """The convolutional network for CIFAR."""
+
+    def block(before: int, width: int) -> list[nn.Module]:
+        return [
+            nn.Conv2d(before, width, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(width, width, 3),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Dropout(0.25),
+        ]
+
+    dense = [nn.Flatten(), nn.Linear(64 * 6 * 6, 512), nn.ReLU(), nn.Dropout(0.5)]
+    return nn.Sequential(*block(3, 32), *block(32, 64), *dense, nn.Linear(512, outputs))
+
+
 class PathIntegral:
     """ω, Ω and θ̃ of eqs. 3 to 5, a tensor each for every parameter."""
 
-    def __init__(self, model: nn.Module, strength: float):
+    def __init__(self, model: nn.Module, strength: float, importance: float = 0.0):
         self.params: list[torch.Tensor] = list(model.parameters())
         self.strength = strength
         self.omega = [torch.zeros_like(p) for p in self.params]
-        self.importance = [torch.full_like(p, 1e-3) for p in self.params]
+        self.importance = [torch.full_like(p, importance) for p in self.params]
         self.reference = [p.detach().clone() for p in self.params]
 
     def penalty(self) -> torch.Tensor:
@@ -34,15 +60,24 @@ class PathIntegral:
             total = total + (omega * (ref - p) ** 2).sum()
         return self.strength * total
 
+    def consolidate(self, damping: float) -> None:
+        """Close a task."""
+        for i, p in enumerate(self.params):
+            moved = p.detach() - self.reference[i]
+            self.importance[i] += self.omega[i] / (moved**2 + damping)
+            self.importance[i].clamp_(min=0)
+            self.reference[i] = p.detach().clone()
+            self.omega[i].zero_()
 
-def usual(model: nn.Module, strength: float = 0.1) -> Callable[..., None]:
+
+def usual(model: nn.Module, si: PathIntegral | None = None) -> Callable[..., None]:
     """The penalty in the loss, the task's gradient from a pass of its own.
 
     What a careful user writes who wants ω of the task's loss alone: the loss and the
     penalty are differentiated one after the other, and Python loops over the tensors.
     """
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
-    si = PathIntegral(model, strength)
+    si = si or PathIntegral(model, 0.1, importance=1e-3)
     criterion = nn.CrossEntropyLoss()
 
     def step(images: torch.Tensor, labels: torch.Tensor) -> None:
@@ -58,10 +93,10 @@ def usual(model: nn.Module, strength: float = 0.1) -> Callable[..., None]:
     return step
 
 
-def careful(model: nn.Module, strength: float = 0.1) -> Callable[..., None]:
+def careful(model: nn.Module) -> Callable[..., None]:
     """The penalty's gradient in closed form, fused Adam, tensors in lists."""
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, fused=True)
-    si = PathIntegral(model, strength)
+    si = PathIntegral(model, 0.1, importance=1e-3)
     criterion = nn.CrossEntropyLoss()
 
     def pull_and_move() -> None:
@@ -98,3 +133,63 @@ def plain(model: nn.Module) -> Callable[..., None]:
 
 
 METHODS = {"torch adam": plain, "torch SI": usual, "torch SI, careful": careful}
+
+
+class Head(nn.Module):
+    """The outputs of one task's classes, neighbours of each other."""
+
+    def __init__(self, model: nn.Module, classes: Sequence[int]):
+        super().__init__()
+        self.model = model
+        self.ends = classes[0], classes[-1] + 1
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Logits ``(batch, classes)``."""
+        out: torch.Tensor = self.model(images)
+        return out[:, slice(*self.ends)]
+
+
+def split_mnist(
+    train: Examples,
+    test: Examples,
+    groups: Sequence[Sequence[int]],
+    *,
+    epochs: int,
+    seed: int,
+) -> np.ndarray:
+    """A whole run of split MNIST with SI as usually written, c = 1 and ξ = 0.001.
+
+    Returns:
+      ``(2, tasks, tasks)``: accuracies on test and training examples after each task.
+    """
+    torch.manual_seed(seed)
+    model = mlp((256, 256))
+    nn.init.zeros_(model[-1].weight)  # type: ignore[arg-type]
+    si = PathIntegral(model, strength=1.0)
+    parts: list[list[tuple[torch.Tensor, torch.Tensor]]] = []
+    for examples in (test, train):
+        images = torch.tensor(np.asarray(examples.images), dtype=torch.float32) / 255
+        labels = torch.tensor(np.asarray(examples.labels), dtype=torch.int64)
+        tasks = [torch.isin(labels, torch.tensor(group)) for group in groups]
+        parts.append([(images[t], labels[t]) for t in tasks])
+    accuracies = []
+    for group, (images, labels) in zip(groups, parts[1], strict=True):
+        step = usual(Head(model, group), si)
+        for _ in range(epochs):
+            for rows in torch.randperm(len(labels)).split(64):
+                step(images[rows], labels[rows] - group[0])
+        si.consolidate(1e-3)
+        accuracies.append(
+            [
+                [accuracy(Head(model, k), *x) for k, x in zip(groups, of, strict=True)]
+                for of in parts
+            ]
+        )
+    return np.swapaxes(accuracies, 0, 1)
+
+
+@torch.no_grad()
+def accuracy(head: Head, images: torch.Tensor, labels: torch.Tensor) -> float:
+    """The fraction of a task's examples that is classified correctly."""
+    found = head(images).argmax(1) + head.ends[0]
+    return float((found == labels).float().mean())

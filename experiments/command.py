@@ -69,6 +69,7 @@ def main(config_class: type[Config], name: str, run: Callable[[Config], None]) -
         # On a CPU every core is a device, so that runs go side by side.
         jax.config.update("jax_num_cpu_devices", _cores())
         _join(config)
+        _keep_compiled()
         run(config)
     except (UserError, DataError) as error:
         _end(f"error: {error}")
@@ -97,6 +98,19 @@ def _join(options: Options) -> None:
             ) from error
     elif int(os.environ.get("SLURM_NTASKS", "1")) > 1:
         jax.distributed.initialize()
+
+
+def _keep_compiled() -> None:
+    """Let accelerators' programs be compiled once, not at every start.
+
+    On a CPU they take seconds, and jaxlib refuses those it kept itself on many Intel
+    ones, with an error message each (jax issue 38445).
+    """
+    chosen = "JAX_COMPILATION_CACHE_DIR" in os.environ
+    if jax.default_backend() != "cpu" and not chosen:
+        caches = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+        jax.config.update("jax_compilation_cache_dir", str(caches / "si_jax"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
 def _end(message: str) -> NoReturn:

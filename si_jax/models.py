@@ -1,6 +1,6 @@
 """The networks of the paper's experiments, in Flax."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -50,11 +50,13 @@ class CNN(nn.Module):
       outputs: the number of outputs, all tasks' together.
       zero_init_output: start the output kernel at zero.
       dtype: what to compute in; the parameters and the logits are float32.
+      convolve: the convolution, by default :func:`convolve`.
     """
 
     outputs: int
     zero_init_output: bool = True
     dtype: DTypeLike = jnp.float32
+    convolve: Callable[..., jax.Array] | None = None
 
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
@@ -70,7 +72,7 @@ class CNN(nn.Module):
                     padding=padding,
                     kernel_init=glorot,
                     dtype=self.dtype,
-                    conv_general_dilated=convolve,
+                    conv_general_dilated=self.convolve or convolve,
                 )
                 x = nn.relu(conv(x))
             x = halve(x)

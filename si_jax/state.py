@@ -131,7 +131,7 @@ def surrogate_loss(opt_state: optax.OptState, params: optax.Params) -> jax.Array
         strength = scalar(state.strength)
         terms = jax.tree.map(
             lambda omega, ref, p: jnp.sum(
-                omega * jnp.square(wide(ref) - wide(p)), dtype=strength.dtype
+                wide(omega) * jnp.square(wide(ref) - wide(p)), dtype=strength.dtype
             ),
             importance,
             reference,

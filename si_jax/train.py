@@ -193,16 +193,7 @@ def learner(
 
             if not micro_batch:
                 return part(batch, key)
-
-            def add(total, inputs):
-                return jax.tree.map(jnp.add, total, part(*inputs)), None
-
-            parts = jax.tree.map(
-                lambda x: x.reshape(-1, micro_batch, *x.shape[1:]), batch
-            )
-            keys = jax.random.split(key, batch_size // micro_batch)
-            zero = (jax.tree.map(jnp.zeros_like, params), (jnp.zeros(()),) * 2)
-            return jax.lax.scan(add, zero, (parts, keys))[0]
+            return sum_over_parts(part, batch, key, micro_batch)
 
         def step(i, running):
             (params, opt_state), seen = running
@@ -280,6 +271,38 @@ def learner(
         return jax.lax.map(accuracy, tasks)
 
     return Learner(init, epoch, finish, evaluate)
+
+
+def sum_over_parts(
+    function: Callable[[Any, jax.Array], Any], batch: Any, key: jax.Array, size: int
+) -> Any:
+    """``function`` of each part of a batch and a key of its own, summed.
+
+    Args:
+      function: ``(part, key) → tree of arrays``, such as gradients.
+      batch: a tree of arrays ``(examples, …)``.
+      key: split among the parts.
+      size: examples in a part; must divide their number.
+
+    Returns:
+      What ``function`` returns, summed over the parts, one of them at a time.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from si_jax.train import sum_over_parts
+      >>> total = lambda part, key: part.sum()
+      >>> print(sum_over_parts(total, jnp.arange(6.0), jax.random.key(0), 2))
+      15.0
+    """
+    parts = jax.tree.map(lambda x: x.reshape(-1, size, *x.shape[1:]), batch)
+    keys = jax.random.split(key, len(jax.tree.leaves(parts)[0]))
+    first = jax.tree.map(lambda x: x[0], (parts, keys))
+    zero = jax.tree.map(jnp.zeros_like, jax.eval_shape(function, *first))
+
+    def add(total, inputs):
+        return jax.tree.map(jnp.add, total, function(*inputs)), None
+
+    return jax.lax.scan(add, zero, (parts, keys))[0]
 
 
 def _with_synapses(report: Epoch, start: Carry, end: Carry) -> Epoch:

@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
 from si_jax.pytrees import align, stored, wide, zeros
 
@@ -42,9 +42,9 @@ class Synapses(NamedTuple):
       path_integral: ω of eq. 3, the drop of the current task's loss credited to each
         parameter. Changes at every step; float32 at least.
       importance: Ω of eq. 5, summed over the finished tasks. Changes at a task's end;
-        float32 at least.
+        float32 at least, or ``state_dtype``.
       reference: θ̃ of eq. 4, a copy of the parameters at the last task's end. Changes
-        at a task's end; the parameters' dtype.
+        at a task's end; the parameters' dtype, or ``state_dtype``.
     """
 
     path_integral: optax.Params
@@ -120,7 +120,7 @@ def pull_back(
     """The gradient of eq. 4: g + 2 c Ω (θ − θ̃), in g's dtype."""
 
     def leaf(g, p, omega, ref):
-        stiffness = 2 * strength.astype(omega.dtype) * omega
+        stiffness = 2 * strength.astype(wide(omega).dtype) * wide(omega)
         pull = stiffness * (wide(p) - wide(ref))
         return (g.astype(pull.dtype) + pull).astype(g.dtype)
 
@@ -137,8 +137,10 @@ def _consolidate(state: _State, params: optax.Params) -> _State:
 
     def leaf(w, omega, ref, p):
         displacement = wide(p) - wide(ref)
-        omega += w / (jnp.square(displacement) + damping.astype(w.dtype))
-        return jnp.where(nonnegative, jnp.maximum(omega, 0), omega)
+        gain = w / (jnp.square(displacement) + damping.astype(w.dtype))
+        total = wide(omega) + gain
+        total = jnp.where(nonnegative, jnp.maximum(total, 0), total)
+        return total.astype(omega.dtype)
 
     return state._replace(
         synapses=Synapses(
@@ -172,6 +174,7 @@ def synaptic_intelligence(
     damping: ArrayLike = 0.1,
     *,
     nonnegative: bool = True,
+    state_dtype: DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Synaptic Intelligence as the first link of an optax chain.
 
@@ -203,6 +206,8 @@ def synaptic_intelligence(
       damping: ξ of eq. 5, above 0, in units of a squared parameter. May be traced.
       nonnegative: keep Ω from falling below zero, as the authors' code does; ``False``
         is eq. 5 to the letter.
+      state_dtype: of Ω and θ̃; ``"bfloat16"`` halves their bytes and rounds where a
+        parameter is pulled to. By default Ω is float32 at least, θ̃ like the parameter.
 
     Returns:
       An :class:`optax.GradientTransformationExtraArgs` whose state is a
@@ -210,8 +215,9 @@ def synaptic_intelligence(
 
     Raises:
       ValueError: for a negative ``strength`` or a ``damping`` that is not positive
-        (when they are concrete), parameters that are not real floating-point arrays,
-        an update without ``params`` or with trees that do not fit the state.
+        (when they are concrete), a ``state_dtype`` that is not a float's, parameters
+        that are not real floating-point arrays, an update without ``params`` or with
+        trees that do not fit the state.
 
     Example:
       >>> import jax.numpy as jnp, optax, si_jax
@@ -232,10 +238,10 @@ def synaptic_intelligence(
       Zenke, Poole & Ganguli, `Continual Learning Through Synaptic Intelligence
       <https://arxiv.org/abs/1703.04200>`_, ICML 2017
     """
-    _check_hyperparameters(strength, damping)
+    _check_hyperparameters(strength, damping, state_dtype)
 
     def init_fn(params: optax.Params) -> SynapticIntelligenceState:
-        synapses = _init_synapses(params)
+        synapses = _init_synapses(params, state_dtype)
         return SynapticIntelligenceState(
             synapses,
             *_hyperparameters(strength, damping, nonnegative),
@@ -266,6 +272,7 @@ def with_synaptic_intelligence(
     damping: ArrayLike = 0.1,
     *,
     nonnegative: bool = True,
+    state_dtype: DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Synaptic Intelligence around a whole optimizer.
 
@@ -288,6 +295,8 @@ def with_synaptic_intelligence(
       damping: ξ of eq. 5, above 0, in units of a squared parameter. May be traced.
       nonnegative: keep Ω from falling below zero, as the authors' code does; ``False``
         is eq. 5 to the letter.
+      state_dtype: of Ω and θ̃; ``"bfloat16"`` halves their bytes and rounds where a
+        parameter is pulled to. By default Ω is float32 at least, θ̃ like the parameter.
 
     Returns:
       An :class:`optax.GradientTransformationExtraArgs` whose state is a
@@ -315,11 +324,11 @@ def with_synaptic_intelligence(
     """
     if not hasattr(inner, "update"):
         raise ValueError(f"inner must be an optimizer, got {inner!r}.")
-    _check_hyperparameters(strength, damping)
+    _check_hyperparameters(strength, damping, state_dtype)
     inner = optax.with_extra_args_support(inner)
 
     def init_fn(params: optax.Params) -> WithSynapticIntelligenceState:
-        synapses = _init_synapses(params)
+        synapses = _init_synapses(params, state_dtype)
         inner_state = inner.init(params)
         if find(inner_state):
             raise ValueError(
@@ -454,12 +463,16 @@ def check_real(params: optax.Params) -> None:
             )
 
 
-def _init_synapses(params: optax.Params) -> Synapses:
+def _init_synapses(params: optax.Params, state_dtype: DTypeLike | None) -> Synapses:
     check_real(params)
+
+    def held(tree: optax.Params) -> optax.Params:
+        return jax.tree.map(lambda x: jnp.array(x, state_dtype), tree)
+
     return Synapses(
         path_integral=zeros_wide(params),
-        importance=zeros_wide(params),
-        reference=_copy(params, params),
+        importance=held(zeros_wide(params)),
+        reference=held(params),
     )
 
 
@@ -478,7 +491,13 @@ def _hyperparameters(
     )
 
 
-def _check_hyperparameters(strength: Any, damping: Any) -> None:
+def _check_hyperparameters(
+    strength: Any, damping: Any, state_dtype: DTypeLike | None
+) -> None:
+    if state_dtype is not None and not jnp.issubdtype(
+        jnp.dtype(state_dtype), jnp.floating
+    ):
+        raise ValueError(f"state_dtype must be a real float type, got {state_dtype}.")
     check_strength(strength)
     xi = number("damping", damping)
     if xi is not None and not 0 < xi < np.inf:

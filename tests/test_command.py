@@ -112,6 +112,28 @@ def test_main_turns_mistakes_into_messages(failure, message, monkeypatch):
     assert str(end.value.code).startswith(message)
 
 
+@pytest.mark.parametrize(
+    ("backend", "environment", "kept"),
+    [
+        ("cpu", {}, False),
+        ("gpu", {}, True),
+        ("gpu", {"JAX_COMPILATION_CACHE_DIR": "/elsewhere"}, False),
+    ],
+)
+def test_accelerators_keep_what_they_compile(backend, environment, kept, monkeypatch):
+    updates = {}
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", "/cache")
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "argv", ["split_mnist"])
+    monkeypatch.setattr(command.jax, "default_backend", lambda: backend)
+    monkeypatch.setattr(command.jax.config, "update", updates.__setitem__)
+    command.main(Config, "split_mnist", lambda _: None)
+    folder = updates.get("jax_compilation_cache_dir")
+    assert folder == ("/cache/si_jax" if kept else None)
+
+
 def split_mnist(*arguments, **environment):
     return subprocess.run(
         [sys.executable, "-m", "experiments.split_mnist", *arguments],

@@ -390,10 +390,18 @@ def test_params_survive_the_donation_of_the_state(form):
     chex.assert_trees_all_equal(params, init())
 
 
-@pytest.mark.parametrize(("form", "limit"), [("link", 20), ("wrapper", 12)])
-def test_bytes_of_state_per_parameter(form, limit):
+@pytest.mark.parametrize(
+    ("form", "dtype", "limit"),
+    [
+        ("link", None, 20),
+        ("wrapper", None, 12),
+        ("link", "bfloat16", 16),
+        ("wrapper", "bfloat16", 8),
+    ],
+)
+def test_bytes_of_state_per_parameter(form, dtype, limit):
     """Beyond the inner optimizer's, for float32: ω, Ω, θ̃; the link's last θ and g."""
-    tx, params = FORMS[form](ADAM), jnp.ones(100_000)
+    tx, params = FORMS[form](ADAM, state_dtype=dtype), jnp.ones(100_000)
     opt_state = tx.init(params)
     states = [opt_state, jax.jit(tx.update)(params, opt_state, params)[1]]
     states.append(si_jax.consolidate(states[-1], params))
@@ -401,6 +409,25 @@ def test_bytes_of_state_per_parameter(form, limit):
         own = sum(x.nbytes for x in jax.tree.leaves(state))
         own -= sum(x.nbytes for x in jax.tree.leaves(ADAM.init(params)))
         assert own <= limit * params.size + 16
+
+
+@forms
+def test_a_narrow_state_rounds_importance_and_reference_and_nothing_else(form):
+    def last(dtype):
+        *_, (params, opt_state) = train(
+            FORMS[form](ADAM, STRENGTH, DAMPING, state_dtype=dtype)
+        )
+        return params, si_jax.synapses(opt_state)
+
+    wide, explicit, narrow = map(last, (None, jnp.float32, jnp.bfloat16))
+    chex.assert_trees_all_equal(wide, explicit)
+    params, synapses = narrow
+    chex.assert_trees_all_close(params, wide[0], atol=0.02)
+    assert {x.dtype for x in jax.tree.leaves(synapses[1:])} == {jnp.dtype("bfloat16")}
+    assert {x.dtype for x in jax.tree.leaves(synapses[0])} == {jnp.dtype("float32")}
+    chex.assert_trees_all_equal(
+        synapses.reference, jax.tree.map(lambda p: p.astype(jnp.bfloat16), params)
+    )
 
 
 # --- Transformations of JAX -----------------------------------------------------------

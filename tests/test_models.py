@@ -105,6 +105,15 @@ def test_cnn_in_bfloat16_has_float32_parameters_and_nearly_the_same_logits():
     np.testing.assert_allclose(logits, expected, atol=0.02 * np.ptp(expected))
 
 
+def test_cnn_with_the_convolution_of_lax_has_the_same_logits():
+    model = CNN(60, zero_init_output=False)
+    params = model.init(jax.random.key(0), PHOTOS)
+    plain = model.clone(convolve=jax.lax.conv_general_dilated)
+    np.testing.assert_allclose(
+        plain.apply(params, PHOTOS), model.apply(params, PHOTOS), rtol=1e-4, atol=1e-5
+    )
+
+
 @pytest.mark.parametrize("padding", ["SAME", "VALID", [(1, 0), (0, 2)]])
 @pytest.mark.parametrize("size", [(3, 3), (2, 3)])
 def test_convolution_and_its_gradients_are_those_of_lax(padding, size):
