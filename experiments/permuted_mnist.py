@@ -66,6 +66,8 @@ class Config(command.Options):
     """Of plain SGD."""
     dropout: float = 0.5
     """Of the hidden layers, for SGD with dropout."""
+    state_dtype: Literal["bfloat16"] | None = None
+    """Of SI's Ω and θ̃; None is the parameters' float32."""
     held_out: float = 0.0
     """Fraction of the training set to choose c on, in the test set's place; 0: none."""
 
@@ -135,7 +137,9 @@ def methods(config: Config) -> dict[str, driver.Method]:
     adam, sgd = optax.adam(config.learning_rate), optax.sgd(config.sgd_learning_rate)
 
     def synaptic(strength, damping):
-        return si_jax.with_synaptic_intelligence(adam, strength, damping)
+        return si_jax.with_synaptic_intelligence(
+            adam, strength, damping, state_dtype=config.state_dtype
+        )
 
     def elastic(strength, _):
         return optax.chain(ewc.elastic_weight_consolidation(strength), adam)

@@ -23,7 +23,7 @@ import optax
 from jax.typing import ArrayLike
 
 from si_jax import transform
-from si_jax.pytrees import align, wide
+from si_jax.pytrees import align, map_states, states, wide
 
 
 class ElasticWeightConsolidationState(NamedTuple):
@@ -166,12 +166,7 @@ def consolidate(
       [4.] [4.]
     """
 
-    def is_elastic(x: Any) -> bool:
-        return isinstance(x, ElasticWeightConsolidationState)
-
-    def merge(state: Any) -> Any:
-        if not is_elastic(state):
-            return state
+    def merge(state: ElasticWeightConsolidationState) -> Any:
         new, theta = (
             jax.tree.map(jnp.asarray, align(tree, state.reference, name))
             for tree, name in ((importance, "importance"), (params, "params"))
@@ -192,13 +187,13 @@ def consolidate(
             reference=jax.tree.map(centred, state.reference, total, new, theta),
         )
 
-    if not any(map(is_elastic, jax.tree.leaves(opt_state, is_leaf=is_elastic))):
+    if not states(opt_state, ElasticWeightConsolidationState):
         raise ValueError(
             "opt_state holds no EWC: build the optimizer with "
             "ewc.elastic_weight_consolidation, and pass the state that its init and "
             "update return."
         )
-    return jax.tree.map(merge, opt_state, is_leaf=is_elastic)
+    return map_states(merge, opt_state, ElasticWeightConsolidationState)
 
 
 def fisher(

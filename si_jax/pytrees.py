@@ -1,5 +1,9 @@
-"""What the transformations need of pytrees: wide sums, and leaves matched by path."""
+"""What the transformations need of pytrees.
 
+Wide sums, leaves matched by path, and states found by type inside of others.
+"""
+
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -77,3 +81,20 @@ def align(tree: Any, like: optax.Params, name: str) -> Any:
 
 def _is_masked(x: Any) -> bool:
     return isinstance(x, optax.MaskedNode)
+
+
+def states(opt_state: optax.OptState, kind: Any) -> list[Any]:
+    """The states of a type, or of several, wherever they sit inside ``opt_state``."""
+    leaves = jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, kind))
+    return [x for x in leaves if isinstance(x, kind)]
+
+
+def map_states(
+    function: Callable[[Any], Any], opt_state: optax.OptState, kind: Any
+) -> Any:
+    """``opt_state`` with ``function`` of the states of a type in their place."""
+    return jax.tree.map(
+        lambda x: function(x) if isinstance(x, kind) else x,
+        opt_state,
+        is_leaf=lambda x: isinstance(x, kind),
+    )

@@ -1,6 +1,5 @@
 """What Synaptic Intelligence and EWC share once they sit in an optimizer's state."""
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -8,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from si_jax.ewc import ElasticWeightConsolidationState
-from si_jax.pytrees import align, wide
+from si_jax.pytrees import align, map_states, states, wide
 from si_jax.transform import (
     SynapticIntelligenceState,
     WithSynapticIntelligenceState,
@@ -83,11 +82,12 @@ def reset_optimizer(
                 )
             case _:
                 return state._replace(
-                    synapses=old.synapses, inner_state=_map(keep, state.inner_state)
+                    synapses=old.synapses,
+                    inner_state=map_states(keep, state.inner_state, _Memory),
                 )
 
     # Put back leaf by leaf: the old state's containers may be boxed (nnx.Optimizer).
-    leaves = jax.tree.leaves(_map(keep, fresh))
+    leaves = jax.tree.leaves(map_states(keep, fresh, _Memory))
     if list(map(jnp.shape, leaves)) != list(map(jnp.shape, jax.tree.leaves(opt_state))):
         raise ValueError(
             "opt_state was not made by this tx for these params: their numbers or "
@@ -143,20 +143,10 @@ def surrogate_loss(opt_state: optax.OptState, params: optax.Params) -> jax.Array
     return sum(others, first)
 
 
-def _is_memory(x: Any) -> bool:
-    return isinstance(x, _Memory)
-
-
-def _map(function: Callable[[Any], Any], opt_state: optax.OptState) -> Any:
-    return jax.tree.map(
-        lambda x: function(x) if _is_memory(x) else x, opt_state, is_leaf=_is_memory
-    )
-
-
 def find(opt_state: optax.OptState) -> list[Any]:
-    """The states of SI and EWC inside ``opt_state``, in the order of :func:`_map`."""
+    """The states of SI and EWC inside ``opt_state``, in the order of its leaves."""
     found = []
-    for state in filter(_is_memory, jax.tree.leaves(opt_state, is_leaf=_is_memory)):
+    for state in states(opt_state, _Memory):
         found.append(state)  # the wrapper's optimizer may hold more of them
         if isinstance(state, WithSynapticIntelligenceState):
             found += find(state.inner_state)

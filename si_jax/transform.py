@@ -26,7 +26,7 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
-from si_jax.pytrees import align, stored, wide, zeros
+from si_jax.pytrees import align, map_states, states, stored, wide, zeros
 
 # The message of optax's own transformations, which do not export it.
 NO_PARAMS_MSG = (
@@ -403,11 +403,7 @@ def consolidate(opt_state: optax.OptState, params: optax.Params) -> optax.OptSta
       [1.]
     """
     _require(opt_state)
-    return jax.tree.map(
-        lambda x: _consolidate(x, params) if _is_synaptic(x) else x,
-        opt_state,
-        is_leaf=_is_synaptic,
-    )
+    return map_states(lambda state: _consolidate(state, params), opt_state, _State)
 
 
 def synapses(opt_state: optax.OptState) -> Synapses:
@@ -430,13 +426,13 @@ def synapses(opt_state: optax.OptState) -> Synapses:
       >>> print(si_jax.synapses(tx.init(jnp.array([0.5]))).reference)
       [0.5]
     """
-    states = _require(opt_state)
-    if len(states) > 1:
+    found = _require(opt_state)
+    if len(found) > 1:
         raise ValueError(
-            f"opt_state holds Synaptic Intelligence {len(states)} times: pass the part "
+            f"opt_state holds Synaptic Intelligence {len(found)} times: pass the part "
             "of it that you mean."
         )
-    return states[0].synapses
+    return found[0].synapses
 
 
 # --- Initial values and checks --------------------------------------------------------
@@ -536,24 +532,20 @@ def number(name: str, value: Any) -> Any:
     return np.asarray(value, jnp.result_type(float))  # 1e-46 is 0 in float32
 
 
-def _is_synaptic(x: Any) -> bool:
-    return isinstance(x, _State)
-
-
 def find(opt_state: optax.OptState) -> list[Any]:
     """The states of Synaptic Intelligence inside ``opt_state``."""
-    return list(filter(_is_synaptic, jax.tree.leaves(opt_state, is_leaf=_is_synaptic)))
+    return states(opt_state, _State)
 
 
 def _require(opt_state: optax.OptState) -> list[Any]:
-    states = find(opt_state)
-    if not states:
+    found = find(opt_state)
+    if not found:
         raise ValueError(
             "opt_state holds no Synaptic Intelligence: build the optimizer with "
             "si_jax.synaptic_intelligence or si_jax.with_synaptic_intelligence, and "
             "pass the state that its init and update return."
         )
-    return states
+    return found
 
 
 def scalar(x: Any) -> jax.Array:

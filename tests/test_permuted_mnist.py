@@ -3,12 +3,12 @@
 import json
 
 import jax
+import made_up
 import numpy as np
 import pytest
 
 from experiments import command, permuted_mnist
-from si_jax import data, figures
-from si_jax.data import Examples
+from si_jax import figures
 
 METHODS = {
     "si c=0.1",
@@ -24,14 +24,7 @@ METHODS = {
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tfds")
-    rng = np.random.default_rng(0)
-
-    def examples(count):
-        labels = np.arange(count, dtype=np.int32) % 10
-        images = rng.integers(0, 120, (count, 28, 28, 1)) + labels[:, None, None, None]
-        return Examples(images.astype(np.uint8), labels)
-
-    data._write_cache(folder / "si_jax" / "mnist.npz", (examples(600), examples(100)))
+    made_up.write(folder, "mnist", train=600, test=100)
 
     def make(out, **settings):
         small = {"tasks": 3, "epochs": 1, "hidden": (8, 8), "fisher_examples": 20}

@@ -11,11 +11,9 @@ import sys
 import time
 from pathlib import Path
 
+import made_up
 import numpy as np
 import pytest
-
-from si_jax import data
-from si_jax.data import Examples
 
 ROOT = Path(__file__).parent.parent
 
@@ -24,14 +22,7 @@ ROOT = Path(__file__).parent.parent
 def command(tmp_path_factory):
     """Split MNIST on made-up digits, small enough to be run many times."""
     folder = tmp_path_factory.mktemp("tfds")
-    rng = np.random.default_rng(0)
-
-    def examples(count):
-        labels = np.arange(count, dtype=np.int32) % 10
-        images = rng.integers(0, 120, (count, 28, 28, 1)) + labels[:, None, None, None]
-        return Examples(images.astype(np.uint8), labels)
-
-    data._write_cache(folder / "si_jax" / "mnist.npz", (examples(4000), examples(500)))
+    made_up.write(folder, "mnist", train=4000, test=500)
     arguments = ["--data-dir", str(folder), "--seeds", "2", "--epochs", "3"]
     arguments += ["--hidden", "64", "--checkpoint-every", "1"]
     cache = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("jax"))}

@@ -3,26 +3,21 @@
 import json
 
 import jax
+import made_up
 import numpy as np
 import pytest
 
 from experiments import command, split_cifar
-from si_jax import data, figures
-from si_jax.data import Examples
+from si_jax import figures
 
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tfds")
-    rng = np.random.default_rng(0)
-
-    def examples(count, classes):
-        labels = np.arange(count, dtype=np.int32) % classes
-        return Examples(rng.integers(0, 256, (count, 32, 32, 3), np.uint8), labels)
-
     for name, classes in (("cifar10", 10), ("cifar100", 100)):
-        splits = examples(200, classes), examples(100, classes)
-        data._write_cache(folder / "si_jax" / f"{name}.npz", splits)
+        made_up.write(
+            folder, name, train=200, test=100, classes=classes, shape=(32, 32, 3)
+        )
 
     def make(out, **settings):
         small = {"epochs": 1, "batch_size": 8, "micro_batch": 4}
