@@ -52,8 +52,12 @@ CONVOLUTIONS = {  # what makes the CNN's step fast on a CPU; a single step is no
     "as products, parts of 32": NETS["split CIFAR"],
 }
 LARGE = "large tree"
-FLOAT = 4  # bytes
-ACCESSES = {"adam": 7, "wrapper": 11, "link": 15}  # to arrays like the parameters
+MOVED = {  # bytes a parameter that an update must read and write
+    "adam": 28,
+    "wrapper": 44,
+    "wrapper, bfloat16 Ω and θ̃": 40,
+    "link": 60,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,9 +105,11 @@ class Method(NamedTuple):
 def methods() -> dict[str, Method]:
     """Adam alone, and under either form of Synaptic Intelligence."""
     adam = optax.adam(1e-3)
+    wrap = functools.partial(si_jax.with_synaptic_intelligence, adam, 0.1, 0.1)
     return {
         "adam": Method(adam, synaptic=False),
-        "wrapper": Method(si_jax.with_synaptic_intelligence(adam, 0.1, 0.1)),
+        "wrapper": Method(wrap()),
+        "wrapper, bfloat16 Ω and θ̃": Method(wrap(state_dtype="bfloat16")),
         "link": Method(optax.chain(si_jax.synaptic_intelligence(0.1, 0.1), adam)),
     }
 
@@ -352,7 +358,7 @@ def summarize(found: Mapping[str, Any]) -> dict[str, Any]:
         if "batch_size" in found:
             entry["examples_per_s"] = round(found["batch_size"] / entry["ms"] * 1e3, 1)
         if "copy" in found:
-            moved = ACCESSES[name] * FLOAT * found["parameters"]
+            moved = MOVED[name] * found["parameters"]
             entry["of_copy_bandwidth"] = round(
                 moved / (entry["ms"] * 1e-3) / found["copy"], 3
             )

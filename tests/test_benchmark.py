@@ -105,10 +105,10 @@ def test_the_command(tmp_path, capsys):
     assert benchmark.table(record["summary"]) in capsys.readouterr().out
     assert (tmp_path / "benchmark.png").stat().st_size > 10_000
     large = record["summary"]["large tree"]
-    floats = {name: x["state_bytes"] // 4 // (1024 * 4096) for name, x in large.items()}
-    assert floats == {"adam": 2, "wrapper": 2 + 3, "link": 2 + 5}
+    size = {name: x["state_bytes"] // (1024 * 4096) for name, x in large.items()}
+    assert list(size.values()) == [8, 8 + 12, 8 + 8, 8 + 20]
     for name, x in large.items():  # θ and the gradient besides
-        assert x["peak_bytes"] >= (floats[name] + 2) * 4 * 1024 * 4096
+        assert x["peak_bytes"] >= (size[name] + 8) * 1024 * 4096
         assert x["of_copy_bandwidth"] > 0
 
 
