@@ -286,7 +286,7 @@ def ratios(groups: Mapping[str, Mapping[str, float]], *, label: str) -> Figure:
             panel.bar_label(container, fmt="%.2f", padding=2)
             panel.set_yticks(range(len(bars)), list(bars))
             panel.invert_yaxis()
-            panel.axvline(1, color="0.3", linestyle=":", linewidth=1)
+            panel.axvline(1, color="0.3", linestyle=":", linewidth=1, zorder=0)
             panel.set_title(title, loc="left")
         panels[-1].margins(x=0.1)
         panels[-1].set_xlabel(label)

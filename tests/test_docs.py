@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from experiments import benchmark, importance
+from experiments import benchmark, importance, permuted_mnist
 
 ROOT = Path(__file__).parent.parent
 PAGES = [*(ROOT / "docs").glob("*.md"), *(ROOT / "docs/guides").glob("*.md")]
@@ -45,6 +45,31 @@ def test_numbers_are_the_records():
     assert importance.table(record("importance")["runs"]) in text
     text = (ROOT / "docs/experiments.md").read_text()
     assert benchmark.table(record("benchmark")["summary"]) in text
+    quick = record("permuted_mnist_quick")["runs"]
+    assert permuted_mnist.table(quick) in text
+    seconds = sum(run["seconds"] for run in quick.values())
+    assert f"takes {seconds:.0f} s on two" in text
+    text = (ROOT / "docs/guides/precision.md").read_text()
+    for name in ("permuted_mnist_quick", "permuted_mnist_quick_bfloat16"):
+        found = record(name)["summary"]["si c=1"]["test"]["average_accuracy"]
+        assert f"{found['mean']:.3f} ± {found['std']:.3f}" in text
+
+
+def test_the_small_permuted_mnist_shows_figures_4_and_5():
+    shown = record("permuted_mnist_quick")["summary"]
+    mean = {k: v["test"]["average_accuracy"]["mean"] for k, v in shown.items()}
+    assert mean["fine-tuning"] < mean["sgd"] < mean["si c=1"] - 0.05
+    assert mean["sgd+dropout"] < mean["si c=1"] < mean["ewc c=100"] < mean["joint"]
+    correlation = {
+        k: shown[k]["correlation_with_earlier_tasks"]
+        for k in shown
+        if k in ("si c=1", "fine-tuning")
+    }
+    for layers in correlation.values():
+        assert max(map(abs, layers["layer 1"][1:])) < 0.05
+    without = correlation["fine-tuning"]["layer 2"]
+    assert without[-1] > without[0] + 0.05
+    assert without[-1] > 2 * correlation["si c=1"]["layer 2"][-1]
 
 
 def test_every_deviation_has_a_test_that_exists():

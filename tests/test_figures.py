@@ -17,3 +17,12 @@ def test_accuracy_by_task_draws_each_task_from_when_it_was_learned():
     for panel in panels:
         assert any(line.get_ydata()[0] == 0.5 for line in panel.lines), "chance line"
     assert [t.get_text() for t in figure.legends[0].get_texts()] == ["a", "b"]
+
+
+def test_ratios_have_a_bar_and_its_number_each():
+    groups = {"net": {"adam": 1.0, "wrapper": 1.25}, "update": {"link": 3.5}}
+    net, update = figures.ratios(groups, label="time").axes
+    assert [bar.get_width() for bar in net.patches] == [1.0, 1.25]
+    assert [t.get_text() for t in net.texts] == ["1.00", "1.25"]
+    assert [t.get_text() for t in net.get_yticklabels()] == ["adam", "wrapper"]
+    assert update.get_xlabel() == "time"

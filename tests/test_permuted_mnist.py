@@ -13,7 +13,7 @@ from si_jax import figures
 METHODS = {
     "si c=0.1",
     "fine-tuning",
-    "ewc c=100",
+    "ewc c=10000",
     "single",
     "joint",
     "sgd",

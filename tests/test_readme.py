@@ -34,6 +34,9 @@ def test_numbers_are_the_records():
     assert f"{fresh['mean']:.4f} ± {fresh['sem']:.4f}" in README
 
     assert benchmark_sweep.table(record("benchmark_sweep")["seconds"]) in README
+    full = record("benchmark_sweep_mnist")["seconds"]
+    (theirs,), (ours,) = full["PyTorch"]["2"], full["one after another"]["2"]
+    assert f"PyTorch takes {theirs / ours:.1f} times as long" in README
 
 
 def test_permuted_mnist_is_the_record():
