@@ -24,6 +24,16 @@ class Checkpoints:
     Args:
       folder: made when the first checkpoint is written.
       keep: how many of the newest stay.
+
+    Example:
+      >>> import pathlib, tempfile, jax.numpy as jnp
+      >>> from si_jax.checkpoint import Checkpoints
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     checkpoints = Checkpoints(pathlib.Path(folder))
+      ...     checkpoints.save(1, {"w": jnp.ones(2)})
+      ...     step, tree = checkpoints.restore(like={"w": jnp.zeros(2)})
+      >>> print(step, tree["w"])
+      1 [1. 1.]
     """
 
     def __init__(self, folder: Path, keep: int = 2):

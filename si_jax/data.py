@@ -117,7 +117,14 @@ def load(
 
 
 def select(dataset: Dataset, classes: int) -> Dataset:
-    """The examples of a data set's first ``classes`` classes."""
+    """The examples of a data set's first ``classes`` classes.
+
+    Example:
+      >>> from si_jax import data
+      >>> pair = data.select(data.load("mnist", "mnist5k"), 2)
+      >>> print(pair.classes, sorted(set(pair.train.labels.tolist())))
+      2 [0, 1]
+    """
 
     def first(examples: Examples) -> Examples:
         rows = examples.labels < classes
@@ -137,6 +144,13 @@ def join(first: Dataset, second: Dataset) -> Dataset:
 
     Returns:
       A :class:`Dataset`, named after both.
+
+    Example:
+      >>> from si_jax import data
+      >>> digits = data.load("mnist", "mnist5k")
+      >>> twice = data.join(digits, digits)
+      >>> print(twice.name, twice.classes, twice.train.labels.max())
+      mnist5k+mnist5k 20 19
     """
 
     def both(a: Examples, b: Examples) -> Examples:
@@ -165,6 +179,12 @@ def hold_out(dataset: Dataset, fraction: float) -> Dataset:
 
     Raises:
       DataError: if either part would be empty.
+
+    Example:
+      >>> from si_jax import data
+      >>> digits = data.hold_out(data.load("mnist", "mnist5k"), 0.25)
+      >>> print(len(digits.train.labels), len(digits.test.labels))
+      3000 1000
     """
     if not fraction:
         return dataset

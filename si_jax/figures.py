@@ -44,6 +44,14 @@ def heat_map(
 
     Returns:
       The figure.
+
+    Example:
+      >>> from si_jax import figures
+      >>> figure = figures.heat_map(
+      ...     [[0.9, 0.8]], [1.0], [0.1, 1.0], labels=("c", "ξ"), title="held out"
+      ... )
+      >>> print(figure.axes[0].get_title())
+      held out
     """
     values = np.asarray(values)
     size = (0.9 * len(columns) + 1.5, 0.5 * len(rows) + 1.1)
@@ -93,6 +101,13 @@ def accuracy_by_task(
     Returns:
       A panel a task and one for the average over the tasks so far; bars are the
       standard error over the seeds.
+
+    Example:
+      >>> from si_jax import figures
+      >>> accuracy = [[[0.9, 0.5], [0.8, 0.9]]]  # a seed, two tasks
+      >>> figure = figures.accuracy_by_task({"si": accuracy}, ["1", "2"], chance=0.5)
+      >>> print(len(figure.axes))
+      3
     """
     count = len(titles)
     with matplotlib.rc_context(STYLE):
@@ -155,6 +170,13 @@ def final_accuracy(
 
     Returns:
       A panel over the other; error bars are the standard deviation over the seeds.
+
+    Example:
+      >>> from si_jax import figures
+      >>> bars = {"Test": {"si": [[0.8, 0.9]], "fine-tuning": [[0.5, 0.9]]}}
+      >>> figure = figures.final_accuracy(bars, ["1", "2"], chance=0.5)
+      >>> print(len(figure.axes[0].patches))
+      4
     """
     with matplotlib.rc_context(STYLE):
         size = (1.1 * len(titles) + 1.2, 2.1 * len(bars) + 0.6)
@@ -205,6 +227,12 @@ def average_accuracy(
     Returns:
       The whole, and above it its upper part enlarged; bands are the standard error over
       the seeds.
+
+    Example:
+      >>> from si_jax import figures
+      >>> figure = figures.average_accuracy({"si": [[0.98, 0.96]]}, single=[0.98])
+      >>> print(len(figure.axes))
+      2
     """
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(4.4, 5.2), layout="constrained")
@@ -273,6 +301,12 @@ def ratios(groups: Mapping[str, Mapping[str, float]], *, label: str) -> Figure:
 
     Returns:
       The figure.
+
+    Example:
+      >>> from si_jax import figures
+      >>> figure = figures.ratios({"net": {"adam": 1.0, "si": 1.1}}, label="time")
+      >>> print([text.get_text() for text in figure.axes[0].texts])
+      ['1.00', '1.10']
     """
     counts = [len(bars) for bars in groups.values()]
     with matplotlib.rc_context(STYLE):
@@ -301,6 +335,13 @@ def correlations(matrices: Mapping[str, Mapping[str, ArrayLike]]) -> Figure:
 
     Returns:
       A row a method, a column a layer.
+
+    Example:
+      >>> from si_jax import figures
+      >>> matrix = [[1.0, 0.2], [0.2, 1.0]]
+      >>> figure = figures.correlations({"si": {"Hidden layer 1": matrix}})
+      >>> print(figure.axes[0].get_title())
+      Hidden layer 1
     """
     rows, columns = len(matrices), max(map(len, matrices.values()))
     with matplotlib.rc_context(STYLE):

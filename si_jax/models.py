@@ -20,6 +20,14 @@ class MLP(nn.Module):
         multi-head networks.
       dropout: the fraction of each hidden layer's units that are dropped in a call with
         ``rngs={"dropout": key}``; a call without a key drops none.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from si_jax import models
+      >>> model, images = models.MLP((256, 256), 10), jnp.ones((2, 28, 28, 1))
+      >>> params = model.init(jax.random.key(0), images)
+      >>> print(model.apply(params, images).shape)
+      (2, 10)
     """
 
     hidden: tuple[int, ...]
@@ -51,6 +59,13 @@ class CNN(nn.Module):
       zero_init_output: start the output kernel at zero.
       dtype: what to compute in; the parameters and the logits are float32.
       convolve: the convolution, by default :func:`convolve`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from si_jax import models
+      >>> params = models.CNN(60).init(jax.random.key(0), jnp.ones((1, 32, 32, 3)))
+      >>> print(sum(x.size for x in jax.tree.leaves(params)))
+      1276508
     """
 
     outputs: int
@@ -106,6 +121,14 @@ def convolve(
 
     Returns:
       ``(batch, height', width', outputs)``.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from si_jax import models
+      >>> images, kernel = jnp.ones((1, 4, 4, 2)), jnp.ones((3, 3, 2, 1))
+      >>> print(models.convolve(images, kernel, (1, 1), "VALID")[0, :, :, 0])
+      [[18. 18.]
+       [18. 18.]]
     """
     if jax.default_backend() != "cpu":
         return jax.lax.conv_general_dilated(images, kernel, strides, padding, **kwargs)
@@ -125,7 +148,14 @@ def convolve(
 
 
 def halve(images: jax.Array) -> jax.Array:
-    """Max-pool 2 × 2, without an odd last row or column."""
+    """Max-pool 2 × 2, without an odd last row or column.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from si_jax import models
+      >>> print(models.halve(jnp.arange(15.0).reshape(1, 3, 5, 1))[0, :, :, 0])
+      [[6. 8.]]
+    """
     batch, height, width, channels = images.shape
     height, width = height // 2, width // 2
     images = images[:, : 2 * height, : 2 * width]

@@ -121,6 +121,12 @@ def together(tasks: Task) -> Task:
 
     Returns:
       A :class:`Task` whose fields have a first axis of length 1.
+
+    Example:
+      >>> from si_jax import tasks
+      >>> task = tasks.together(tasks.permuted(3, 2, outputs=4))
+      >>> print(task.rows, task.size)
+      [[0 1 2 3 4 5]] [6]
     """
     return Task(
         tasks.rows.reshape(1, -1),
@@ -130,7 +136,14 @@ def together(tasks: Task) -> Task:
 
 
 def first(tasks: Task, count: int) -> Task:
-    """The first ``count`` examples of each of several stacked tasks, or all it has."""
+    """The first ``count`` examples of each of several stacked tasks, or all it has.
+
+    Example:
+      >>> from si_jax import tasks
+      >>> print(tasks.first(tasks.permuted(3, 2, outputs=4), 2).rows)
+      [[0 1]
+       [3 4]]
+    """
     return tasks._replace(
         rows=tasks.rows[:, :count], size=jnp.minimum(tasks.size, jnp.int32(count))
     )
@@ -147,6 +160,15 @@ def permute(examples: Examples, key: jax.Array, count: int) -> PermutedExamples:
 
     Returns:
       A :class:`PermutedExamples`.
+
+    Example:
+      >>> import jax, numpy as np
+      >>> from si_jax import data, tasks
+      >>> images = np.arange(4, dtype=np.uint8).reshape(1, 2, 2, 1)
+      >>> one = data.Examples(images, np.zeros(1, np.int32))
+      >>> print(tasks.permute(one, jax.random.key(1), 2).pixels)
+      [[0 1 2 3]
+       [3 2 0 1]]
     """
     places = jnp.arange(np.prod(examples.images.shape[1:]), dtype=jnp.int32)
     keys = jax.random.split(key, count)
@@ -166,6 +188,17 @@ def look_up(
     Returns:
       float32 images ``(batch, height, width, channels)`` in [0, 1] and int32 labels
       ``(batch,)``.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, numpy as np
+      >>> from si_jax import data, tasks
+      >>> images = np.array([0, 0, 255, 255], np.uint8).reshape(1, 2, 2, 1)
+      >>> one = data.Examples(images, np.zeros(1, np.int32))
+      >>> seen = tasks.permute(one, jax.random.key(1), 2)
+      >>> found, labels = tasks.look_up(seen, jnp.array([0, 1]))
+      >>> print(found.reshape(2, 4))
+      [[0. 0. 1. 1.]
+       [1. 1. 0. 0.]]
     """
     images, labels = jnp.asarray(examples.images), jnp.asarray(examples.labels)
     if isinstance(examples, PermutedExamples):
@@ -187,6 +220,14 @@ def shuffle(task: Task, key: jax.Array) -> jax.Array:
 
     Returns:
       int32 ``(capacity,)``: ``task.rows``, shuffled, with the padding last.
+
+    Example:
+      >>> import jax
+      >>> from si_jax import tasks
+      >>> pair = tasks.split_classes([0, 1, 2, 3, 2], [(0, 1), (2, 3)], outputs=4)
+      >>> first = jax.tree.map(lambda x: x[0], pair)  # 2 examples, 1 row of padding
+      >>> print(sorted(tasks.shuffle(first, jax.random.key(0))[:2].tolist()))
+      [0, 1]
     """
     positions = jnp.arange(task.rows.shape[-1], dtype=jnp.int32)
     rank = jax.random.bits(key, positions.shape, jnp.uint32) >> 1  # below any padding's

@@ -140,7 +140,7 @@ def learner(
       remember: of how many tasks to keep ω.
 
     Returns:
-      A :class:`Learner`.
+      A :class:`Learner`. For an example see :func:`train`.
 
     Raises:
       ValueError: if ``micro_batch`` does not divide ``batch_size``.
@@ -349,6 +349,14 @@ def correlations(carry: Carry) -> dict[str, jax.Array]:
 
     Returns:
       ``(tasks, tasks)`` for each of the parameters that is a matrix at least, by name.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from si_jax.train import Carry, correlations
+      >>> omega = {"kernel": jnp.array([[[1.0], [0.0]], [[0.0], [1.0]]])}  # two tasks'
+      >>> print(correlations(Carry(None, None, omega))["kernel"].round(3))
+      [[ 1. -1.]
+       [-1.  1.]]
     """
     leaves = jax.tree_util.tree_leaves_with_path(carry.path_integrals)
     return {
@@ -383,6 +391,29 @@ def train(
 
     Returns:
       A :class:`Result`.
+
+    Example:
+      >>> import jax, numpy as np, optax, si_jax
+      >>> from si_jax import data, models, tasks
+      >>> from si_jax.train import learner, train
+      >>> labels = np.arange(80, dtype=np.int32) % 4
+      >>> images = np.zeros((80, 4), np.uint8)
+      >>> images[np.arange(80), labels] = 255  # each class lights a pixel of its own
+      >>> examples = data.Examples(images.reshape(80, 2, 2, 1), labels)
+      >>> pairs = tasks.split_classes(labels, [(0, 1), (2, 3)], outputs=4)
+      >>> pieces = learner(
+      ...     models.MLP((16,), 4),
+      ...     si_jax.with_synaptic_intelligence(optax.sgd(0.1)),
+      ...     (2, 2, 1),
+      ...     batch_size=8,
+      ...     reset_optimizer=True,
+      ... )
+      >>> result = train(
+      ...     pieces, jax.random.key(0), examples, examples, pairs, pairs, epochs=10
+      ... )
+      >>> print(result.test)
+      [[1.  0.5]
+       [1.  1. ]]
     """
     carry = learner.init(init_key(key))
     initial = learner.evaluate(carry, test_examples, test_tasks)
