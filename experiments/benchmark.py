@@ -399,19 +399,27 @@ def medians(times: Mapping[str, list[float]]) -> dict[str, Any]:
 
 
 def table(summary: Mapping[str, Any]) -> str:
-    """A row a method of what was timed."""
-    rows = [["", "ms", "× plain", "× wrapper", "compile s", "peak MB", "state MB"]]
-    kinds = (
-        ("ms", 1, ".3f"),
-        ("to_plain", 1, ".2f"),
-        ("to_wrapper", 1, ".2f"),
-        ("compile_s", 1, ".1f"),
-        ("peak_bytes", 1e-6, ".0f"),
-        ("state_bytes", 1e-6, ".1f"),
-    )
+    """A row a method of what was timed.
+
+    "of copy" is the bandwidth by the bytes that must move, over that of a copy.
+    """
+    kinds = {
+        "ms": ("ms", 1, ".3f"),
+        "× plain": ("to_plain", 1, ".2f"),
+        "× wrapper": ("to_wrapper", 1, ".2f"),
+        "images/s": ("examples_per_s", 1, ".0f"),
+        "of copy": ("of_copy_bandwidth", 1, ".2f"),
+        "compile s": ("compile_s", 1, ".1f"),
+        "peak MB": ("peak_bytes", 1e-6, ".0f"),
+        "state MB": ("state_bytes", 1e-6, ".1f"),
+    }
+    rows = [["", *kinds]]
     for what, found in summary.items():
         for name, x in found.items():
-            cells = [f"{x[k] * unit:{f}}" if k in x else "" for k, unit, f in kinds]
+            cells = [
+                f"{x[key] * unit:{form}}" if key in x else ""
+                for key, unit, form in kinds.values()
+            ]
             rows.append([f"{what}, {name}", *cells])
     return aligned(rows)
 

@@ -8,6 +8,7 @@ import platform
 import re
 import shutil
 import subprocess
+import unicodedata
 from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -273,14 +274,18 @@ def table(runs: dict[str, Any], split: str, titles: list[str]) -> str:
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:
     """Rows of words as a table for the terminal, the first column to the left."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(
-            word.ljust(width) if i == 0 else word.rjust(width)
-            for i, (word, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    )
+
+    def width(word: str) -> int:
+        return sum(not unicodedata.combining(character) for character in word)
+
+    widths = [max(map(width, column)) for column in zip(*rows, strict=True)]
+
+    def line(row: Sequence[str]) -> str:
+        gaps = [" " * (w - width(word)) for word, w in zip(row, widths, strict=True)]
+        first, *rest = zip(row, gaps, strict=True)
+        return "  ".join(["".join(first), *(gap + word for word, gap in rest)]).rstrip()
+
+    return "\n".join(map(line, rows))
 
 
 def readable(content: dict[str, Any]) -> str:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from experiments.command import Options, UserError
-from experiments.record import Record, summarize, table
+from experiments.record import Record, aligned, summarize, table
 from si_jax import figures
 
 MATRIX = np.array([[[1.0, 0.5], [0.75, 1.0]], [[1.0, 0.5], [0.25, 1.0]]])
@@ -133,3 +133,8 @@ def test_methods_do_not_share_their_checkpoints(tmp_path):
         record.checkpoints(f"si c={c:g}")._folder for c in (1e6, 1e-6, 1.0, 10.0)
     }
     assert len(folders) == 4
+
+
+def test_tables_are_aligned_where_characters_combine():
+    rows = [["", "x"], ["θ̃", "1"], ["ab", "22"]]
+    assert aligned(rows) == "     x\nθ̃    1\nab  22"
