@@ -72,6 +72,21 @@ def test_the_small_permuted_mnist_shows_figures_4_and_5():
     assert without[-1] > 2 * correlation["si c=1"]["layer 2"][-1]
 
 
+def test_the_choice_of_c_is_the_records():
+    text = (ROOT / "docs/guides/hyperparameters.md").read_text()
+    shown = record("permuted_mnist_choice")
+    assert shown["config"]["held_out"] > 0
+    accuracy = {
+        method: found["test"]["average_accuracy"]["mean"]
+        for method, found in shown["summary"].items()
+    }
+    for method, mean in accuracy.items():
+        assert f"| {float(method.split('=')[1]):g} | {mean:.3f} |" in text
+    ewc = {k: v for k, v in accuracy.items() if k.startswith("ewc")}
+    (chosen,) = permuted_mnist.Config().ewc_strengths
+    assert max(ewc, key=ewc.get) == f"ewc c={chosen:g}"
+
+
 def test_every_deviation_has_a_test_that_exists():
     table, _ = (ROOT / "docs/deviations.md").read_text().split("| | read in |")
     rows = [row for row in table.splitlines() if row.startswith("|")][2:]
