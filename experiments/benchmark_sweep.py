@@ -72,6 +72,7 @@ def run(config: Config) -> None:
             programs[TORCH, count] = functools.partial(
                 in_torch, problem, count, config.epochs
             )
+            in_torch(problem, 1, epochs=1)  # to warm up
     seconds: dict[str, dict[str, list[float]]] = {}
     for _ in tqdm(range(config.repetitions), disable=None):
         for (way, count), program in programs.items():

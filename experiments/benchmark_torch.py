@@ -120,8 +120,8 @@ def careful(model: nn.Module) -> Callable[..., None]:
 
 
 def plain(model: nn.Module) -> Callable[..., None]:
-    """Adam alone."""
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    """Adam alone, in PyTorch's fastest form."""
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, fused=True)
     criterion = nn.CrossEntropyLoss()
 
     def step(images: torch.Tensor, labels: torch.Tensor) -> None:

@@ -132,7 +132,7 @@ def make_problem(config: Config) -> driver.Problem:
     )
 
 
-def methods(config: Config) -> dict[str, driver.Method]:
+def methods(config: Config) -> dict[str, Method]:
     """What the configuration compares, by name."""
     adam, sgd = optax.adam(config.learning_rate), optax.sgd(config.sgd_learning_rate)
 
@@ -145,7 +145,7 @@ def methods(config: Config) -> dict[str, driver.Method]:
         return optax.chain(ewc.elastic_weight_consolidation(strength), adam)
 
     make = functools.partial(make_learner, config)
-    found: dict[str, driver.Method] = {}
+    found: dict[str, Method] = {}
     for method in config.methods:
         match method:
             case "si":

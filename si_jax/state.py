@@ -60,7 +60,9 @@ def reset_optimizer(
     for state in kept:
         scalar(state.strength)
     fresh = tx.init(params)
-    if [type(state) for state in find(fresh)] != [type(state) for state in kept]:
+    if [type(state) for state in find_memories(fresh)] != [
+        type(state) for state in kept
+    ]:
         raise ValueError(
             "opt_state was not made by this tx: they do not hold the same memories in "
             "the same form and number."
@@ -131,7 +133,9 @@ def surrogate_loss(opt_state: optax.OptState, params: optax.Params) -> jax.Array
         strength = scalar(state.strength)
         terms = jax.tree.map(
             lambda omega, ref, p: jnp.sum(
-                wide(omega) * jnp.square(wide(ref) - wide(p)), dtype=strength.dtype
+                omega.astype(wide(p).dtype)
+                * jnp.square(ref.astype(wide(p).dtype) - wide(p)),
+                dtype=strength.dtype,
             ),
             importance,
             reference,
@@ -143,23 +147,23 @@ def surrogate_loss(opt_state: optax.OptState, params: optax.Params) -> jax.Array
     return sum(others, first)
 
 
-def find(opt_state: optax.OptState) -> list[Any]:
+def find_memories(opt_state: optax.OptState) -> list[Any]:
     """The states of SI and EWC inside ``opt_state``, in the order of its leaves."""
     found = []
     for state in states(opt_state, _Memory):
         found.append(state)  # the wrapper's optimizer may hold more of them
         if isinstance(state, WithSynapticIntelligenceState):
-            found += find(state.inner_state)
+            found += find_memories(state.inner_state)
     return found
 
 
 def _require(opt_state: optax.OptState) -> list[Any]:
-    states = find(opt_state)
-    if not states:
+    found = find_memories(opt_state)
+    if not found:
         raise ValueError(
             "opt_state holds no Synaptic Intelligence and no EWC: build the optimizer "
             "with si_jax.synaptic_intelligence, si_jax.with_synaptic_intelligence or "
             "si_jax.ewc.elastic_weight_consolidation, and pass the state that its init "
             "and update return."
         )
-    return states
+    return found

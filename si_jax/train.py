@@ -137,7 +137,8 @@ def learner(
         stays in the cache. 0 takes the batch as a whole.
       fisher_examples: of how many of a finished task's examples to compute the Fisher
         information; 0 if ``tx`` contains no :mod:`si_jax.ewc`.
-      remember: of how many tasks to keep ω.
+      remember: of how many tasks to keep ω; more than 0 needs Synaptic Intelligence in
+        ``tx``.
 
     Returns:
       A :class:`Learner`. For an example see :func:`train`.
@@ -245,9 +246,9 @@ def learner(
 
             importance = ewc.fisher(of_one, params, images, label_key)
             opt_state = ewc.consolidate(opt_state, params, importance)
-        if transform.find(opt_state):
+        if transform.find_synaptic(opt_state):
             opt_state = si_jax.consolidate(opt_state, params)
-        if reset_optimizer and state.find(opt_state):
+        if reset_optimizer and state.find_memories(opt_state):
             opt_state = si_jax.reset_optimizer(tx, opt_state, params)
         elif reset_optimizer:
             opt_state = tx.init(params)
@@ -307,10 +308,10 @@ def sum_over_parts(
 
 def _with_synapses(report: Epoch, start: Carry, end: Carry) -> Epoch:
     """What Synaptic Intelligence and EWC, if they are there, say of an epoch."""
-    if state.find(end.opt_state):
+    if state.find_memories(end.opt_state):
         penalty = si_jax.surrogate_loss(end.opt_state, end.params)
         report = report._replace(surrogate_loss=penalty)
-    if not transform.find(end.opt_state):
+    if not transform.find_synaptic(end.opt_state):
         return report
 
     def total(path_integral):

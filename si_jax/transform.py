@@ -120,8 +120,9 @@ def pull_back(
     """The gradient of eq. 4: g + 2 c Ω (θ − θ̃), in g's dtype."""
 
     def leaf(g, p, omega, ref):
-        stiffness = 2 * strength.astype(wide(omega).dtype) * wide(omega)
-        pull = stiffness * (wide(p) - wide(ref))
+        theta = wide(p)
+        stiffness = 2 * strength.astype(theta.dtype) * omega.astype(theta.dtype)
+        pull = stiffness * (theta - ref.astype(theta.dtype))
         return (g.astype(pull.dtype) + pull).astype(g.dtype)
 
     return jax.tree.map(leaf, grads, params, importance, reference)
@@ -136,9 +137,9 @@ def _consolidate(state: _State, params: optax.Params) -> _State:
     damping, nonnegative = scalar(state.damping), scalar(state.nonnegative)
 
     def leaf(w, omega, ref, p):
-        displacement = wide(p) - wide(ref)
+        displacement = wide(p) - ref.astype(w.dtype)
         gain = w / (jnp.square(displacement) + damping.astype(w.dtype))
-        total = wide(omega) + gain
+        total = omega.astype(w.dtype) + gain
         total = jnp.where(nonnegative, jnp.maximum(total, 0), total)
         return total.astype(omega.dtype)
 
@@ -206,8 +207,9 @@ def synaptic_intelligence(
       damping: ξ of eq. 5, above 0, in units of a squared parameter. May be traced.
       nonnegative: keep Ω from falling below zero, as the authors' code does; ``False``
         is eq. 5 to the letter.
-      state_dtype: of Ω and θ̃; ``"bfloat16"`` halves their bytes and rounds where a
-        parameter is pulled to. By default Ω is float32 at least, θ̃ like the parameter.
+      state_dtype: of Ω and θ̃; ``"bfloat16"`` halves their bytes, and rounds Ω at every
+        task's end and where a parameter is pulled to. By default Ω is float32 at least,
+        θ̃ like the parameter.
 
     Returns:
       An :class:`optax.GradientTransformationExtraArgs` whose state is a
@@ -215,7 +217,7 @@ def synaptic_intelligence(
 
     Raises:
       ValueError: for a negative ``strength`` or a ``damping`` that is not positive
-        (when they are concrete), a ``state_dtype`` that is not a float's, parameters
+        (when they are concrete), a ``state_dtype`` narrower than bfloat16, parameters
         that are not real floating-point arrays, an update without ``params`` or with
         trees that do not fit the state.
 
@@ -295,8 +297,9 @@ def with_synaptic_intelligence(
       damping: ξ of eq. 5, above 0, in units of a squared parameter. May be traced.
       nonnegative: keep Ω from falling below zero, as the authors' code does; ``False``
         is eq. 5 to the letter.
-      state_dtype: of Ω and θ̃; ``"bfloat16"`` halves their bytes and rounds where a
-        parameter is pulled to. By default Ω is float32 at least, θ̃ like the parameter.
+      state_dtype: of Ω and θ̃; ``"bfloat16"`` halves their bytes, and rounds Ω at every
+        task's end and where a parameter is pulled to. By default Ω is float32 at least,
+        θ̃ like the parameter.
 
     Returns:
       An :class:`optax.GradientTransformationExtraArgs` whose state is a
@@ -330,7 +333,7 @@ def with_synaptic_intelligence(
     def init_fn(params: optax.Params) -> WithSynapticIntelligenceState:
         synapses = _init_synapses(params, state_dtype)
         inner_state = inner.init(params)
-        if find(inner_state):
+        if find_synaptic(inner_state):
             raise ValueError(
                 "with_synaptic_intelligence wraps an optimizer that already contains "
                 "Synaptic Intelligence: use the wrapper or the link, not both."
@@ -463,7 +466,9 @@ def _init_synapses(params: optax.Params, state_dtype: DTypeLike | None) -> Synap
     check_real(params)
 
     def held(tree: optax.Params) -> optax.Params:
-        return jax.tree.map(lambda x: jnp.array(x, state_dtype), tree)
+        return jax.tree.map(
+            lambda x: jnp.array(x, state_dtype or jnp.result_type(x)), tree
+        )
 
     return Synapses(
         path_integral=zeros_wide(params),
@@ -490,14 +495,25 @@ def _hyperparameters(
 def _check_hyperparameters(
     strength: Any, damping: Any, state_dtype: DTypeLike | None
 ) -> None:
-    if state_dtype is not None and not jnp.issubdtype(
-        jnp.dtype(state_dtype), jnp.floating
-    ):
-        raise ValueError(f"state_dtype must be a real float type, got {state_dtype}.")
+    _check_state_dtype(state_dtype)
     check_strength(strength)
     xi = number("damping", damping)
     if xi is not None and not 0 < xi < np.inf:
         raise ValueError(f"damping (ξ of eq. 5) must be > 0 and finite, got {damping}.")
+
+
+def _check_state_dtype(state_dtype: DTypeLike | None) -> None:
+    """In a narrower range than bfloat16's, which is float32's, Ω could overflow."""
+    if state_dtype is None:
+        return
+    try:
+        info = jnp.finfo(state_dtype)
+    except (TypeError, ValueError):
+        info = None
+    if info is None or (info.bits < 32 and info.dtype != jnp.bfloat16):
+        raise ValueError(
+            f"state_dtype must be bfloat16, float32 or wider, got {state_dtype}."
+        )
 
 
 def check_strength(strength: Any) -> None:
@@ -532,13 +548,13 @@ def number(name: str, value: Any) -> Any:
     return np.asarray(value, jnp.result_type(float))  # 1e-46 is 0 in float32
 
 
-def find(opt_state: optax.OptState) -> list[Any]:
+def find_synaptic(opt_state: optax.OptState) -> list[Any]:
     """The states of Synaptic Intelligence inside ``opt_state``."""
     return states(opt_state, _State)
 
 
 def _require(opt_state: optax.OptState) -> list[Any]:
-    found = find(opt_state)
+    found = find_synaptic(opt_state)
     if not found:
         raise ValueError(
             "opt_state holds no Synaptic Intelligence: build the optimizer with "

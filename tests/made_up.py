@@ -7,7 +7,7 @@ from si_jax.data import Examples
 
 
 def write(folder, name, train, test, *, classes=10, shape=(28, 28, 1)):
-    """The cache of a data set, of so many examples; a class is a shade of grey."""
+    """The cache of a data set of so many examples; classes differ in shades of grey."""
     rng = np.random.default_rng(0)
 
     def examples(count):

@@ -7,6 +7,7 @@ import made_up
 import numpy as np
 import pytest
 
+import si_jax
 from experiments import command, permuted_mnist
 from si_jax import figures
 
@@ -65,6 +66,14 @@ def test_every_method_runs_and_more_can_be_added(config, tmp_path, capsys):
     again = run(config(tmp_path))
     assert again == record
     assert "Finished before" in capsys.readouterr().out
+
+
+def test_the_state_is_as_narrow_as_it_is_asked_to_be(config, tmp_path):
+    narrow = config(tmp_path, methods=("si",), state_dtype="bfloat16")
+    (method,) = permuted_mnist.methods(narrow).values()
+    carry = method.make_learner(0.1, 0.1).init(jax.random.key(0))
+    _, *held = si_jax.synapses(carry.opt_state)
+    assert {str(x.dtype) for x in jax.tree.leaves(held)} == {"bfloat16"}
 
 
 def test_choosing_leaves_the_test_set_alone(config, tmp_path):

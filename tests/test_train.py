@@ -259,6 +259,34 @@ def test_epochs_report_what_synaptic_intelligence_sees():
     np.testing.assert_allclose(report.negative, (omega < 0).mean())
 
 
+@pytest.mark.parametrize("reset", [True, False])
+@pytest.mark.parametrize("elastic", [True, False])
+def test_without_synaptic_intelligence_epochs_report_the_rest(elastic, reset):
+    adam = lenient(optax.adam(0.01))
+    link = ewc.elastic_weight_consolidation(10.0)
+    tx = optax.chain(link, adam) if elastic else adam
+    pieces = learner(
+        MODEL,
+        tx,
+        (3, 3, 1),
+        batch_size=16,
+        reset_optimizer=reset,
+        fisher_examples=20 if elastic else 0,
+    )
+    first, second = (jax.tree.map(lambda x, i=i: x[i], TRAIN_TASKS) for i in (0, 1))
+    carry, examples = pieces.init(jax.random.key(0)), on_device(TRAIN)
+    carry, _ = pieces.epoch(carry, examples, first, jax.random.key(1))
+    count = optax.tree.get(carry.opt_state, "count")
+    carry = pieces.finish(carry, examples, first, jax.random.key(2))
+    assert optax.tree.get(carry.opt_state, "count") == (0 if reset else count)
+    carry, report = pieces.epoch(carry, examples, second, jax.random.key(3))
+    assert report.path_integral is report.negative is report.importance is None
+    if elastic:
+        assert report.surrogate_loss > 0
+    else:
+        assert report.surrogate_loss is None
+
+
 def test_dropout_is_drawn_anew_at_every_step_and_off_in_evaluation():
     model = MLP((16,), 4, dropout=0.5)
     tx = si_jax.with_synaptic_intelligence(optax.sgd(0.1), 0.0)

@@ -114,8 +114,9 @@ def test_hyperparameters_are_checked_at_once():
         for bad in (0, -1.0, 1e-46, float("nan"), float("inf")):
             with pytest.raises(ValueError, match=r"damping .* must be > 0"):
                 make(damping=bad)
-        with pytest.raises(ValueError, match="state_dtype must be a real float type"):
-            make(state_dtype=jnp.int8)
+        for bad in (jnp.int8, "float16", "bfloat61"):
+            with pytest.raises(ValueError, match="state_dtype must be bfloat16"):
+                make(state_dtype=bad)
         with pytest.raises(ValueError, match=r"scalar, got shape \(2,\).*vmap"):
             make(strength=jnp.ones(2))
         with pytest.raises(ValueError, match="inject_hyperparams"):
