@@ -56,13 +56,37 @@ def test_a_whole_run_in_pytorch_remembers():
     images = rng.integers(0, 100, (400, 28, 28, 1), np.uint8)
     for label in range(4):
         images[labels == label, 7 * label : 7 * label + 7] += 100
-    digits = Examples(images, labels)
+    digits, mirrored = Examples(images, labels), Examples(images, labels ^ 1)
     test, train = benchmark_torch.split_mnist(
-        digits, digits, [(0, 1), (2, 3)], epochs=3, seed=0
+        digits, mirrored, [(0, 1), (2, 3)], epochs=3, seed=0
     )
-    np.testing.assert_array_equal(test, train)
-    assert test.shape == (2, 2)
-    assert test[1].min() > 0.9
+    np.testing.assert_allclose(test, 1 - train, atol=1e-6)
+    assert train.shape == (2, 2)
+    assert train[1].min() > 0.9
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("torch"), reason="no PyTorch here")
+def test_the_peer_in_pytorch_consolidates_by_equation_5():
+    import torch
+
+    from experiments import benchmark_torch
+
+    torch.manual_seed(0)
+    model = benchmark_torch.mlp((5,))
+    si = benchmark_torch.PathIntegral(model, 1.0)
+    step = benchmark_torch.usual(model, si)
+    for _ in range(3):
+        step(torch.rand(8, 784), torch.randint(0, 10, (8,)))
+    before = [[x.clone() for x in xs] for xs in (si.omega, si.reference)]
+    si.consolidate(damping=0.1)
+    for omega, ref, importance, p in zip(
+        *before, si.importance, si.params, strict=True
+    ):
+        expected = omega / ((p.detach() - ref) ** 2 + 0.1)
+        torch.testing.assert_close(importance, expected.clamp(min=0))
+    for p, ref, omega in zip(si.params, si.reference, si.omega, strict=True):
+        torch.testing.assert_close(p.detach(), ref)
+        assert not omega.any()
 
 
 def test_medians_compare_within_a_turn():

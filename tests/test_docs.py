@@ -55,6 +55,17 @@ def test_numbers_are_the_records():
         assert f"{found['mean']:.3f} ± {found['std']:.3f}" in text
 
 
+def test_the_benchmark_shows_what_the_documentation_says():
+    shown = record("benchmark")["summary"]
+    for net in ("split MNIST", "permuted MNIST"):
+        assert 1.10 < shown[net]["wrapper"]["to_plain"] < 1.18
+        assert shown[net]["torch SI, careful"]["to_plain"] < 1.15
+    assert shown["split CIFAR"]["wrapper"]["to_plain"] < 1.02
+    assert round(shown["split MNIST"]["torch SI"]["to_wrapper"]) == 3
+    assert round(shown["permuted MNIST"]["torch SI"]["to_wrapper"], 1) == 1.7
+    assert shown["split CIFAR"]["torch adam"]["ms"] < shown["split CIFAR"]["adam"]["ms"]
+
+
 def test_the_small_permuted_mnist_shows_figures_4_and_5():
     shown = record("permuted_mnist_quick")["summary"]
     mean = {k: v["test"]["average_accuracy"]["mean"] for k, v in shown.items()}
@@ -65,11 +76,15 @@ def test_the_small_permuted_mnist_shows_figures_4_and_5():
         for k in shown
         if k in ("si c=1", "fine-tuning")
     }
+    text = (ROOT / "docs/experiments.md").read_text()
     for layers in correlation.values():
-        assert max(map(abs, layers["layer 1"][1:])) < 0.05
+        second, *later = layers["layer 1"]
+        assert f"it is −{-second:.2f} in the second" in text
+        assert max(map(abs, later)) < 0.05
     without = correlation["fine-tuning"]["layer 2"]
-    assert without[-1] > without[0] + 0.05
-    assert without[-1] > 2 * correlation["si c=1"]["layer 2"][-1]
+    with_si = correlation["si c=1"]["layer 2"]
+    assert f"from {without[0]:.2f} to {without[-1]:.2f} without" in text
+    assert f"from {with_si[0]:.2f} to {with_si[-1]:.2f} with it" in text
 
 
 def test_the_choice_of_c_is_the_records():
@@ -82,6 +97,9 @@ def test_the_choice_of_c_is_the_records():
     }
     for method, mean in accuracy.items():
         assert f"| {float(method.split('=')[1]):g} | {mean:.3f} |" in text
+    seconds = sum(run["seconds"] for run in shown["runs"].values())
+    header = (ROOT / "configs/permuted_mnist_choice.toml").read_text()
+    assert f"{seconds:.0f} s on two CPU cores" in header
     ewc = {k: v for k, v in accuracy.items() if k.startswith("ewc")}
     (chosen,) = permuted_mnist.Config().ewc_strengths
     assert max(ewc, key=ewc.get) == f"ewc c={chosen:g}"
