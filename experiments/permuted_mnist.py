@@ -209,9 +209,10 @@ def summary(_: str, run: dict[str, Any]) -> dict[str, Any]:
     """The usual measures; of ω, how each task's correlates with the earlier ones'."""
     found = summarize(run)
     if "correlations" in run:
-        found["correlation_with_earlier_tasks"] = {
-            layer: with_earlier(values) for layer, values in hidden_layers(run).items()
-        }
+        for name, measure in CORRELATIONS.items():
+            found[f"correlation_with_{name.replace(' ', '_')}"] = {
+                layer: measure(values) for layer, values in hidden_layers(run).items()
+            }
     return found
 
 
@@ -227,6 +228,14 @@ def with_earlier(correlations: np.ndarray) -> np.ndarray:
     return np.array([row[:i].mean() for i, row in enumerate(mean) if i])
 
 
+def with_last(correlations: np.ndarray) -> np.ndarray:
+    """``(tasks - 1,)``: each task's correlation of ω with the task before."""
+    return np.diagonal(correlations.mean(0), 1)
+
+
+CORRELATIONS = {"earlier tasks": with_earlier, "last task": with_last}
+
+
 def report(config: Config, record: Record) -> None:
     """Print and draw the finished methods."""
     runs, name = record.runs, NAMES[config.data]
@@ -237,8 +246,9 @@ def report(config: Config, record: Record) -> None:
     print(table(runs))
     correlated = {k: hidden_layers(v) for k, v in runs.items() if "correlations" in v}
     if correlated and config.tasks > 1:
-        print("\nCorrelation of each task's ω with the earlier tasks', on average")
-        print(correlation_table(correlated))
+        for name, measure in CORRELATIONS.items():
+            print(f"\nCorrelation of each task's ω with that of the {name}")
+            print(correlation_table(correlated, measure))
         record.save("permuted_mnist_correlations", correlation_figure(correlated))
     seconds = ", ".join(f"{k} {v['seconds']:.0f} s" for k, v in runs.items())
     print(f"\nTook {seconds}. Everything is in {record.folder}.")
@@ -271,10 +281,13 @@ def table(runs: dict[str, Any]) -> str:
     return aligned(list(zip(*columns, strict=True)))
 
 
-def correlation_table(correlated: dict[str, dict[str, np.ndarray]]) -> str:
+def correlation_table(
+    correlated: dict[str, dict[str, np.ndarray]],
+    measure: Callable[[np.ndarray], np.ndarray],
+) -> str:
     """A row a task, a column a layer of a method."""
     columns = [
-        [f"{method}, {layer}", *(f"{x:.3f}" for x in with_earlier(values))]
+        [f"{method}, {layer}", *(f"{x:.3f}" for x in measure(values))]
         for method, layers in correlated.items()
         for layer, values in layers.items()
     ]

@@ -134,6 +134,7 @@ def test_table_puts_the_controls_where_they_belong():
 def test_correlation_with_the_earlier_tasks():
     matrix = np.array([[[1, 0.1, 0.2], [0.1, 1, 0.4], [0.2, 0.4, 1]]])
     np.testing.assert_allclose(permuted_mnist.with_earlier(matrix), [0.1, 0.3])
+    np.testing.assert_allclose(permuted_mnist.with_last(matrix), [0.1, 0.4])
 
 
 def test_figure_4_draws_curves_bands_and_controls():
