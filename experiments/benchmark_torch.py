@@ -70,7 +70,11 @@ class PathIntegral:
             self.omega[i].zero_()
 
 
-def usual(model: nn.Module, si: PathIntegral | None = None) -> Callable[..., None]:
+def usual(
+    model: nn.Module,
+    si: PathIntegral | None = None,
+    outputs: slice = slice(None),
+) -> Callable[..., None]:
     """The penalty in the loss, the task's gradient from a pass of its own.
 
     What a careful user writes who wants ω of the task's loss alone: the loss and the
@@ -82,7 +86,7 @@ def usual(model: nn.Module, si: PathIntegral | None = None) -> Callable[..., Non
 
     def step(images: torch.Tensor, labels: torch.Tensor) -> None:
         optimizer.zero_grad()
-        criterion(model(images), labels).backward()
+        criterion(model(images)[:, outputs], labels).backward()
         grads = [p.grad.clone() for p in si.params if p.grad is not None]
         before = [p.detach().clone() for p in si.params]
         si.penalty().backward()
@@ -135,20 +139,6 @@ def plain(model: nn.Module) -> Callable[..., None]:
 METHODS = {"torch adam": plain, "torch SI": usual, "torch SI, careful": careful}
 
 
-class Head(nn.Module):
-    """The outputs of one task's classes, neighbours of each other."""
-
-    def __init__(self, model: nn.Module, classes: Sequence[int]):
-        super().__init__()
-        self.model = model
-        self.ends = classes[0], classes[-1] + 1
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Logits ``(batch, classes)``."""
-        out: torch.Tensor = self.model(images)
-        return out[:, slice(*self.ends)]
-
-
 def split_mnist(
     train: Examples,
     test: Examples,
@@ -164,7 +154,7 @@ def split_mnist(
     """
     torch.manual_seed(seed)
     model = mlp((256, 256))
-    nn.init.zeros_(model[-1].weight)  # type: ignore[arg-type]
+    nn.init.zeros_(list(model.parameters())[-2])  # the output layer's kernel
     si = PathIntegral(model, strength=1.0)
     parts: list[list[tuple[torch.Tensor, torch.Tensor]]] = []
     for examples in (test, train):
@@ -174,22 +164,24 @@ def split_mnist(
         parts.append([(images[t], labels[t]) for t in tasks])
     accuracies = []
     for group, (images, labels) in zip(groups, parts[1], strict=True):
-        step = usual(Head(model, group), si)
+        step = usual(model, si, slice(group[0], group[-1] + 1))
         for _ in range(epochs):
             for rows in torch.randperm(len(labels)).split(64):
                 step(images[rows], labels[rows] - group[0])
         si.consolidate(1e-3)
         accuracies.append(
             [
-                [accuracy(Head(model, k), *x) for k, x in zip(groups, of, strict=True)]
+                [accuracy(model, k, *x) for k, x in zip(groups, of, strict=True)]
                 for of in parts
             ]
         )
     return np.swapaxes(accuracies, 0, 1)
 
 
-@torch.no_grad()
-def accuracy(head: Head, images: torch.Tensor, labels: torch.Tensor) -> float:
+def accuracy(
+    model: nn.Module, group: Sequence[int], images: torch.Tensor, labels: torch.Tensor
+) -> float:
     """The fraction of a task's examples that is classified correctly."""
-    found = head(images).argmax(1) + head.ends[0]
+    with torch.no_grad():
+        found = model(images)[:, group[0] : group[-1] + 1].argmax(1) + group[0]
     return float((found == labels).float().mean())
