@@ -271,7 +271,6 @@ def average_accuracy(
                 ha="right",
                 va="center",
                 arrowprops={"arrowstyle": "<-"},
-                bbox={"facecolor": "white", "alpha": 0.8, "linewidth": 0, "pad": 1},
             )
         # The upper part: about the best method and what it might reach.
         means = [np.asarray(x).mean(0) for x in curves.values()]
