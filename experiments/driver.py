@@ -81,43 +81,40 @@ class Method(NamedTuple):
 
 
 def run_methods(
+    config: Any,
     methods: Mapping[str, Method],
-    make_problem: Callable[[], Problem],
-    *,
-    seeds: int,
-    epochs: int,
-    damping: float,
+    make_problem: Callable[[Any], Problem],
     record: Record,
-    options: Options,
     summary: Callable[[str, dict[str, Any]], dict[str, Any]] | None = None,
 ) -> None:
     """Run the methods that are not finished, one after the other, and record them.
 
     Args:
+      config: the experiment's :class:`Options`, with ``seeds`` (runs of each method,
+        with the seeds 0, 1, …), ``epochs`` (passes over each task) and ``damping``.
       methods: by name.
-      make_problem: the tasks; not called if all is finished.
-      seeds: runs of each method, with the seeds 0, 1, ….
-      epochs: passes over each task.
-      damping: ξ of eq. 5.
+      make_problem: from ``config`` to the tasks; not called if all is finished.
       record: keeps the results.
-      options: see :func:`run`.
       summary: of a method's name and result, if not the usual one.
     """
     todo = {k: method for k, method in methods.items() if k not in record.runs}
     if todo:
-        problem = make_problem()
+        problem = make_problem(config)
     elif is_first():
         print(f"Finished before: the results are those in {record.folder}.")
     for name, method in todo.items():
         result = run(
             method.make_learner,
-            {"strength": [method.strength] * seeds, "damping": [damping] * seeds},
-            range(seeds),
+            {
+                "strength": [method.strength] * config.seeds,
+                "damping": [config.damping] * config.seeds,
+            },
+            range(config.seeds),
             method.learns(problem),
-            epochs=epochs,
+            epochs=config.epochs,
             method=name,
             record=record,
-            options=options,
+            options=config,
             from_scratch=method.from_scratch,
         )
         record.add(name, result, summary and summary(name, result))

@@ -191,22 +191,13 @@ def run(config: Config) -> None:
     """Run every method that is not finished, then print and draw all of them."""
     folder = f"{config.data}-held-out" if config.held_out else config.data
     record = Record("permuted_mnist", config, default=folder)
-    driver.run_methods(
-        methods(config),
-        lambda: make_problem(config),
-        seeds=config.seeds,
-        epochs=config.epochs,
-        damping=config.damping,
-        record=record,
-        options=config,
-        summary=summary,
-    )
+    driver.run_methods(config, methods(config), make_problem, record, summary)
     if is_first():
         report(config, record)
 
 
 def summary(_: str, run: dict[str, Any]) -> dict[str, Any]:
-    """The usual measures; of ω, how each task's correlates with the earlier ones'."""
+    """The usual measures; of ω, how each task's correlates with those before."""
     found = summarize(run)
     if "correlations" in run:
         for name, measure in CORRELATIONS.items():

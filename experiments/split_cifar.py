@@ -148,16 +148,7 @@ def run(config: Config) -> None:
     """Run every method that is not finished, then print and draw all of them."""
     folder = f"{config.data}-held-out" if config.held_out else config.data
     record = Record("split_cifar", config, default=folder)
-    driver.run_methods(
-        methods(config),
-        lambda: make_problem(config),
-        seeds=config.seeds,
-        epochs=config.epochs,
-        damping=config.damping,
-        record=record,
-        options=config,
-        summary=summary,
-    )
+    driver.run_methods(config, methods(config), make_problem, record, summary)
     if is_first():
         report(config, record)
 

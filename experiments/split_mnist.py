@@ -126,15 +126,7 @@ def make_problem(config: Setting, held_out: float = 0.0) -> driver.Problem:
 def run(config: Config) -> None:
     """Run every method that is not finished, then print and draw all of them."""
     record = Record("split_mnist", config, default=config.data)
-    driver.run_methods(
-        methods(config),
-        lambda: make_problem(config),
-        seeds=config.seeds,
-        epochs=config.epochs,
-        damping=config.damping,
-        record=record,
-        options=config,
-    )
+    driver.run_methods(config, methods(config), make_problem, record)
     if is_first():
         report(config, record)
 
