@@ -124,8 +124,8 @@ class Program(NamedTuple):
     Attributes:
       run: takes all its steps.
       steps: how many.
-      facts: seconds it took to compile, bytes in use at the peak, bytes of the
-        optimizer's state.
+      facts: seconds it took to compile, bytes that its passes over memory access, bytes
+        in use at the peak, bytes of the optimizer's state.
     """
 
     run: Callable[[], Any]
@@ -138,8 +138,10 @@ def stateful(function: Any, state: Any, *shared: Any, steps: int = 1) -> Program
     start = time.perf_counter()
     compiled = function.lower(state, *shared).compile()
     facts = {"compile_s": round(time.perf_counter() - start, 3)}
-    memory = compiled.memory_analysis()
-    if memory is not None:  # not every backend says
+    memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
+    if cost and "bytes accessed" in cost:  # not every backend says
+        facts["accessed_bytes"] = cost["bytes accessed"]
+    if memory is not None:
         facts["peak_bytes"] = (
             memory.argument_size_in_bytes
             + memory.output_size_in_bytes

@@ -133,6 +133,7 @@ def test_the_command(tmp_path, capsys):
     assert list(size.values()) == [8, 8 + 12, 8 + 8, 8 + 20]
     for name, x in large.items():  # θ and the gradient besides
         assert x["peak_bytes"] >= (size[name] + 8) * 1024 * 4096
+        assert x["accessed_bytes"] >= (size[name] + 8) * 1024 * 4096
         assert x["of_copy_bandwidth"] > 0
 
 
