@@ -237,8 +237,8 @@ def report(config: Config, record: Record) -> None:
     print(table(runs))
     correlated = {k: hidden_layers(v) for k, v in runs.items() if "correlations" in v}
     if correlated and config.tasks > 1:
-        for name, measure in CORRELATIONS.items():
-            print(f"\nCorrelation of each task's ω with that of the {name}")
+        for which, measure in CORRELATIONS.items():
+            print(f"\nCorrelation of each task's ω with that of the {which}")
             print(correlation_table(correlated, measure))
         record.save("permuted_mnist_correlations", correlation_figure(correlated))
     seconds = ", ".join(f"{k} {v['seconds']:.0f} s" for k, v in runs.items())

@@ -6,6 +6,7 @@ import jax
 import made_up
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 import si_jax
 from experiments import command, permuted_mnist
@@ -66,6 +67,18 @@ def test_every_method_runs_and_more_can_be_added(config, tmp_path, capsys):
     again = run(config(tmp_path))
     assert again == record
     assert "Finished before" in capsys.readouterr().out
+
+
+def test_the_figure_names_its_data(config, tmp_path, monkeypatch):
+    names = []
+
+    def figure(runs, name, seeds):
+        names.append(name)
+        return Figure()
+
+    monkeypatch.setattr(permuted_mnist, "figure", figure)
+    run(config(tmp_path, methods=("si",)))
+    assert names == ["MNIST"]
 
 
 def test_the_state_is_as_narrow_as_it_is_asked_to_be(config, tmp_path):
