@@ -26,7 +26,7 @@ from si_jax.models import CNN
 from si_jax.train import Learner, learner
 
 Name = Literal["si", "fine-tuning", "from scratch"]
-TRAIN_EVALUATED = 5000  # of each task's training examples, to evaluate on
+TRAIN_EVALUATED = 2000  # of each task's training examples, to evaluate on
 
 
 @dataclasses.dataclass(frozen=True)
