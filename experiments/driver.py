@@ -72,12 +72,16 @@ class Method(NamedTuple):
       strength: c of eq. 4.
       learns: from the experiment's problem to what this method learns, if another.
       from_scratch: start every task with the run's initial network.
+      first_task: a name under which methods share the first task that differ in
+        ``strength`` and ``from_scratch`` alone, neither of which matters before the
+        first consolidation.
     """
 
     make_learner: Callable[..., Learner]
     strength: float = 0.0
     learns: Callable[[Problem], Problem] = lambda problem: problem
     from_scratch: bool = False
+    first_task: str | None = None
 
 
 def run_methods(
@@ -116,6 +120,7 @@ def run_methods(
             record=record,
             options=config,
             from_scratch=method.from_scratch,
+            first_task=method.first_task,
         )
         record.add(name, result, summary and summary(name, result))
 
@@ -131,6 +136,7 @@ def run(
     record: Record,
     options: Options,
     from_scratch: bool = False,
+    first_task: str | None = None,
 ) -> dict[str, Any]:
     """Train on every task in turn; go on from the last checkpoint if there is one.
 
@@ -144,11 +150,14 @@ def run(
       record: keeps metrics and checkpoints.
       options: how often to write checkpoints, how many runs to put side by side.
       from_scratch: start every task with the run's initial network.
+      first_task: the name under which the first task's checkpoints and metrics are
+        kept, and found if another method has left them; ``method`` by default.
 
     Returns:
       Accuracies ``test`` and ``train`` ``(runs, stages, tasks)`` and ``initial``
-      ``(runs, tasks)``, ``seconds`` of wall time, compilation included, and, where ω of
-      the tasks is kept, its ``correlations`` ``{parameter: (runs, tasks, tasks)}``.
+      ``(runs, tasks)``, ``seconds`` of wall time, compilation and a shared first task
+      included, and, where ω of the tasks is kept, its ``correlations`` ``{parameter:
+      (runs, tasks, tasks)}``.
     """
     mesh = sweep.mesh(len(seeds))
     missing = -len(seeds) % mesh.size  # made up by repeating the last run
@@ -219,11 +228,16 @@ def run(
     nothing = np.full((len(seeds), count, initial.shape[-1]), np.nan, np.float32)
     none = np.zeros((), np.float32)
     state = State(to_host(carry), nothing, nothing.copy(), initial, none)
-    checkpoints = record.checkpoints(method)
-    position, state = checkpoints.restore(state) or (0, state)
+    first_task = first_task or method
+    position, state = (
+        record.checkpoints(method).restore(state)
+        or record.checkpoints(first_task).restore(state)
+        or (0, state)
+    )
     carry, *rest = state
     state = State(to_devices(carry), *map(np.array, rest))  # writable
-    record.rewind(method, position)
+    for name in (first_task, method):
+        record.rewind(name, position)
     start -= float(state.seconds)
 
     with tqdm(
@@ -235,6 +249,7 @@ def run(
     ) as bar:
         while position < total:
             number, i = divmod(position, epochs)
+            name = method if number else first_task
             if from_scratch and i == 0:
                 state = state._replace(carry=init(own, values))
             carry, report = epoch(
@@ -242,7 +257,7 @@ def run(
             )
             state, report = state._replace(carry=carry), to_host(report)
             log = {"task": number, "epoch": i, **report._asdict()}
-            record.log(method=method, position=position, **log)
+            record.log(method=name, position=position, **log)
             position += 1
             ends = position % epochs == 0
             if ends:
@@ -258,7 +273,8 @@ def run(
             if ends or position % options.checkpoint_every == 0:
                 seconds = np.asarray(time.perf_counter() - start, np.float32)
                 state = state._replace(seconds=seconds)
-                checkpoints.save(position, state._replace(carry=to_host(state.carry)))
+                kept = state._replace(carry=to_host(state.carry))
+                record.checkpoints(name).save(position, kept)
             bar.update()
             bar.set_postfix_str(
                 f"task {number + 1}/{count}, accuracy {report.accuracy.mean():.3f}"

@@ -1,5 +1,6 @@
 """Split CIFAR's tasks, methods, table and figure, on made-up images."""
 
+import dataclasses
 import json
 
 import jax
@@ -45,17 +46,30 @@ def test_tasks_are_cifar_10_and_half_of_cifar_100(config, tmp_path):
 
 
 def test_every_method_runs(config, tmp_path, capsys):
-    settings = config(tmp_path, data="cifar10", strengths=(0.1,), examples=16)
+    """The first task once; before any consolidation it is the same whatever c."""
+    settings = config(tmp_path / "all", data="cifar10", strengths=(100.0,), examples=16)
+    methods = ("fine-tuning",)
+    alone = dataclasses.replace(settings, methods=methods, out=tmp_path / "alone")
     with jax.numpy_dtype_promotion("standard"):
         split_cifar.run(settings)
-    record = json.loads((tmp_path / "results.json").read_text())
-    assert list(record["runs"]) == ["si c=0.1", "fine-tuning", "from scratch"]
-    for run in record["runs"].values():
+        printed = capsys.readouterr().out
+        split_cifar.run(alone)
+    runs, of_alone = (
+        json.loads((tmp_path / folder / "results.json").read_text())["runs"]
+        for folder in ("all", "alone")
+    )
+    assert list(runs) == ["si c=100", "fine-tuning", "from scratch"]
+    for run in runs.values():
         assert np.shape(run["test"]) == (1, 2, 2)
-    printed = capsys.readouterr().out
     titles = split_cifar.titles(settings)
-    assert split_cifar.table(record["runs"], "test", titles) in printed
-    assert (tmp_path / "split_cifar.png").stat().st_size > 10_000
+    assert split_cifar.table(runs, "test", titles) in printed
+    assert (tmp_path / "all" / "split_cifar.png").stat().st_size > 10_000
+
+    lines = (tmp_path / "all" / "metrics.jsonl").read_text().splitlines()
+    logged = [(x["method"], x["position"]) for x in map(json.loads, lines)]
+    assert logged == [("first task", 0), *((method, 1) for method in runs)]
+    for split in ("initial", "test", "train"):
+        assert runs["fine-tuning"][split] == of_alone["fine-tuning"][split]
 
 
 def test_table_says_what_is_gained_on_a_net_from_scratch():
