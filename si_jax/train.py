@@ -134,7 +134,7 @@ def learner(
       micro_batch: add up the gradient of a batch over parts of this size, which must
         divide it: the same gradient (but for the units that are dropped) in less
         memory, and on a CPU several times faster for convolutions, whose data then
-        stays in the cache. 0 takes the batch as a whole.
+        stays in the cache; evaluates in parts of it, too. 0 takes the batch as a whole.
       fisher_examples: of how many of a finished task's examples to compute the Fisher
         information; 0 if ``tx`` contains no :mod:`si_jax.ewc`.
       remember: of how many tasks to keep ω; more than 0 needs Synaptic Intelligence in
@@ -255,8 +255,8 @@ def learner(
         return Carry(params, opt_state, history)
 
     def evaluate(carry: Carry, examples: AnyExamples, tasks: Task) -> jax.Array:
-        # Bounds memory; the result does not depend on it.
-        size = min(1000, tasks.rows.shape[-1])
+        # Bounds memory; the accuracy does not depend on it.
+        size = min(micro_batch or 1000, tasks.rows.shape[-1])
 
         def accuracy(task):
             def count(i, correct):
