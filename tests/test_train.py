@@ -45,10 +45,11 @@ TRAIN_TASKS, TEST_TASKS = (
 )
 
 
-def make(strength=0.3, *, inner=None, batch_size=16, reset=True):
+def make(strength=0.3, *, inner=None, batch_size=16, reset=True, **more):
     inner = inner or lenient(optax.adam(0.01))
     tx = si_jax.with_synaptic_intelligence(inner, strength, 0.01)
-    return learner(MODEL, tx, (3, 3, 1), batch_size=batch_size, reset_optimizer=reset)
+    more |= {"batch_size": batch_size, "reset_optimizer": reset}
+    return learner(MODEL, tx, (3, 3, 1), **more)
 
 
 def run(key, strength=0.3, **kwargs):
@@ -100,8 +101,9 @@ def test_an_epoch_is_one_pass_in_batches_the_last_one_smaller():
     np.testing.assert_allclose(report.loss, total / size, rtol=1e-5)
 
 
-def test_evaluate_counts_each_example_of_a_task_once():
-    pieces = make()
+@pytest.mark.parametrize("part", [0, 8])
+def test_evaluate_counts_each_example_of_a_task_once(part):
+    pieces = make(micro_batch=part)
     carry = pieces.init(jax.random.key(1))
     logits = MODEL.apply(carry.params, jnp.asarray(TEST.images, jnp.float32) / 255)
     for group, actual in zip(
