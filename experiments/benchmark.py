@@ -430,14 +430,14 @@ def table(summary: Mapping[str, Any]) -> str:
 
 
 def figure(summary: Mapping[str, Any]) -> Figure:
-    """Each method's time by that of the plain optimizer in the same library."""
+    """Each method's time by that of the wrapper."""
     return figures.ratios(
         {
-            what: {name: x["to_plain"] for name, x in found.items()}
+            what: {name: x["to_wrapper"] for name, x in found.items()}
             for what, found in summary.items()
             if "adam" in found
         },
-        label="time by that of plain Adam, in JAX or PyTorch",
+        label="time by that of Adam with the wrapper",
     )
 
 

@@ -77,8 +77,9 @@ def usual(
 ) -> Callable[..., None]:
     """The penalty in the loss, the task's gradient from a pass of its own.
 
-    What a careful user writes who wants ω of the task's loss alone: the loss and the
-    penalty are differentiated one after the other, and Python loops over the tensors.
+    What one writes who wants ω of the task's loss alone: the loss and the penalty are
+    differentiated one after the other, and Python loops over the tensors. Adam is as
+    PyTorch has it by default, not fused.
     """
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     si = si or PathIntegral(model, 0.1, importance=1e-3)

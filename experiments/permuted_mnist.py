@@ -16,7 +16,14 @@ from matplotlib.figure import Figure
 import si_jax
 from experiments import command, driver
 from experiments.driver import Method
-from experiments.record import Record, aligned, cell, is_first, summarize
+from experiments.record import (
+    Record,
+    aligned,
+    cell,
+    is_first,
+    over_seeds,
+    summarize,
+)
 from experiments.split_mnist import NAMES, check_strengths
 from si_jax import data, ewc, figures, metrics, tasks
 from si_jax.models import MLP
@@ -232,7 +239,7 @@ def report(config: Config, record: Record) -> None:
     runs, name = record.runs, NAMES[config.data]
     print(
         f"\nPermuted {name}: test accuracy, average over the tasks so far, "
-        f"mean ± SEM, n = {config.seeds}"
+        + over_seeds(config.seeds)
     )
     print(table(runs))
     correlated = {k: hidden_layers(v) for k, v in runs.items() if "correlations" in v}
@@ -296,7 +303,7 @@ def figure(runs: dict[str, Any], name: str, seeds: int) -> Figure:
     return figures.average_accuracy(
         so_far(runs),
         **controls,
-        suptitle=f"Permuted {name}\ntest accuracy, mean ± SEM, n = {seeds}",
+        suptitle=f"Permuted {name}\ntest accuracy, {over_seeds(seeds)}",
     )
 
 
@@ -305,7 +312,7 @@ def correlation_figure(correlated: dict[str, dict[str, np.ndarray]]) -> Figure:
     return figures.correlations(
         {
             method: {f"Hidden {layer}": x.mean(0) for layer, x in layers.items()}
-            for method, layers in correlated.items()
+            for method, layers in sorted(correlated.items())  # fine-tuning on top
         }
     )
 

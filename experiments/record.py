@@ -243,6 +243,11 @@ def statistics(values: Any) -> dict[str, float]:
     }
 
 
+def over_seeds(count: int, error: str = "SEM") -> str:
+    """What a table or figure shows of ``count`` seeds."""
+    return "one seed" if count == 1 else f"mean ± {error}, n = {count}"
+
+
 def cell(values: Any) -> str:
     """Mean ± SEM over the seeds."""
     values = np.asarray(values, np.float64)

@@ -18,6 +18,7 @@ from experiments.record import (
     aligned,
     cell,
     is_first,
+    over_seeds,
     statistics,
     summarize,
 )
@@ -41,7 +42,7 @@ class Config(command.Options):
     data: Literal["cifar10-100", "cifar10"] = "cifar10-100"
     """Six tasks of ten classes, or the supplement's: CIFAR-10 as two tasks of five."""
     examples: int = 0
-    """Of each task, to train on; 0: all."""
+    """Of each task, to train on and as many at most to test on; 0: all."""
     epochs: int = 60
     """Passes over each task."""
     batch_size: int = 256
@@ -107,7 +108,7 @@ def make_problem(config: Config) -> driver.Problem:
         for examples in (images.train, images.test)
     )
     if config.examples:
-        train = tasks.first(train, config.examples)
+        train, test = (tasks.first(x, config.examples) for x in (train, test))
     return driver.Problem(
         images.train, images.test, tasks.first(train, TRAIN_EVALUATED), test, train
     )
@@ -147,7 +148,8 @@ def methods(config: Config) -> dict[str, Method]:
 
 def run(config: Config) -> None:
     """Run every method that is not finished, then print and draw all of them."""
-    folder = f"{config.data}-held-out" if config.held_out else config.data
+    small = f"-{config.examples}" * bool(config.examples)
+    folder = config.data + small + "-held-out" * bool(config.held_out)
     record = Record("split_cifar", config, default=folder)
     driver.run_methods(config, methods(config), make_problem, record, summary)
     if is_first():
@@ -176,8 +178,8 @@ def report(config: Config, record: Record) -> None:
     """Print and draw the finished methods."""
     for split, name in (("train", "training"), ("test", "validation")):
         print(
-            f"\n{name.capitalize()} accuracy after all tasks, mean ± SEM, "
-            f"n = {config.seeds}"
+            f"\n{name.capitalize()} accuracy after all tasks, "
+            + over_seeds(config.seeds)
         )
         print(table(record.runs, split, titles(config)))
     seconds = ", ".join(f"{k} {v['seconds']:.0f} s" for k, v in record.runs.items())
@@ -212,7 +214,7 @@ def figure(runs: dict[str, Any], config: Config) -> Figure:
         bars,
         titles(config),
         chance=1 / len(groups(config)[0]),
-        suptitle=f"Split {shown} after all tasks, mean ± SD, n = {config.seeds}",
+        suptitle=f"Split {shown} after all tasks, {over_seeds(config.seeds, 'SD')}",
     )
 
 

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 import si_jax
 from experiments import command, driver
 from experiments.driver import Method
-from experiments.record import Record, is_first, table
+from experiments.record import Record, is_first, over_seeds, table
 from si_jax import data, figures, tasks
 from si_jax.models import MLP
 from si_jax.train import Learner, learner
@@ -137,7 +137,7 @@ def report(config: Config, record: Record) -> None:
     for split in ("train", "test"):
         print(
             f"\nSplit {name}: {split} accuracy after all tasks, "
-            f"mean ± SEM of {config.seeds} seeds"
+            + over_seeds(config.seeds)
         )
         print(table(record.runs, split, TITLES))
     seconds = ", ".join(f"{k} {v['seconds']:.0f} s" for k, v in record.runs.items())
@@ -151,7 +151,7 @@ def figure(runs: dict[str, Any], name: str, seeds: int) -> Figure:
         {method: run["test"] for method, run in runs.items()},
         TITLES,
         chance=0.5,
-        suptitle=f"Split {name}, test accuracy, mean ± SEM, n = {seeds}",
+        suptitle=f"Split {name}, test accuracy, {over_seeds(seeds)}",
     )
 
 

@@ -221,7 +221,8 @@ def average_accuracy(
       curves: for each method, ``(seeds, tasks)``.
       single: ``(seeds,)``, accuracy of networks that learn one task only, a dotted
         line.
-      joint: ``(seeds,)``, accuracy of networks that learn all tasks at once, an arrow.
+      joint: ``(seeds,)``, accuracy of networks that learn all tasks at once, a dashed
+        line.
       suptitle: a line over the figure.
 
     Returns:
@@ -258,20 +259,14 @@ def average_accuracy(
                     linewidth=0,
                 )
         for panel in (zoom, whole):
-            if single is not None:
-                level = float(np.asarray(single).mean())
-                panel.axhline(level, color="0.4", linestyle=":", label="single task")
+            for values, label, style in (
+                (joint, "all tasks at once", "--"),
+                (single, "single task", ":"),
+            ):
+                if values is not None:
+                    level = float(np.asarray(values).mean())
+                    panel.axhline(level, color="0.4", linestyle=style, label=label)
             panel.set_ylabel("Average accuracy")
-        if joint is not None:
-            zoom.annotate(
-                "all tasks at once",
-                (tasks + 0.1, float(np.asarray(joint).mean())),
-                (-14, 0),
-                textcoords="offset points",
-                ha="right",
-                va="center",
-                arrowprops={"arrowstyle": "<-"},
-            )
         # The upper part: about the best method and what it might reach.
         means = [np.asarray(x).mean(0) for x in curves.values()]
         best = max(mean[-1] for mean in means)
@@ -328,7 +323,7 @@ def ratios(groups: Mapping[str, Mapping[str, float]], *, label: str) -> Figure:
 
 
 def correlations(matrices: Mapping[str, Mapping[str, ArrayLike]]) -> Figure:
-    """Fig. 5: how the importances ω of the tasks correlate.
+    """Fig. 5: how the importances ω of different tasks correlate.
 
     Args:
       matrices: for each method and layer, ``(tasks, tasks)``.
@@ -344,16 +339,27 @@ def correlations(matrices: Mapping[str, Mapping[str, ArrayLike]]) -> Figure:
       Hidden layer 1
     """
     rows, columns = len(matrices), max(map(len, matrices.values()))
+    others = {
+        method: {
+            layer: np.where(np.eye(len(x), dtype=bool), np.nan, np.asarray(x))
+            for layer, x in layers.items()
+        }
+        for method, layers in matrices.items()
+    }
+    limit = max(np.nanmax(np.abs(x)) for of in others.values() for x in of.values())
     with matplotlib.rc_context(STYLE):
         size = (2.2 * columns + 0.8, 2.2 * rows + 0.3)
         figure = Figure(figsize=size, layout="constrained")
         panels = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
-        for i, (method, layers) in enumerate(matrices.items()):
-            for panel, (layer, matrix) in zip(panels[i], layers.items(), strict=False):
-                values = np.asarray(matrix)
+        for i, (method, layers) in enumerate(others.items()):
+            for panel, (layer, values) in zip(panels[i], layers.items(), strict=False):
                 ends = (0.5, len(values) + 0.5)
                 image = panel.imshow(
-                    values, vmin=0, vmax=1, cmap="viridis", extent=(*ends, *ends[::-1])
+                    values,
+                    vmin=-limit,
+                    vmax=limit,
+                    cmap="RdBu_r",
+                    extent=(*ends, *ends[::-1]),
                 )
                 panel.set_xticks(range(1, len(values) + 1))
                 panel.set_yticks(range(1, len(values) + 1))

@@ -65,7 +65,7 @@ def quadratic(
         top = max(max(found["half the Hessian"]) for found in averaged.values())
         average.plot([0, top], [0, top], color="0.6", zorder=0, linewidth=1)
         average.set_xlabel("H/2, diagonal")
-        average.set_ylabel("⟨ω⟩/σ² (full), median of Ω (open)")
+        average.set_ylabel("⟨ω⟩/σ² (filled), median of Ω (open)")
         average.set_title("averaged over starts (eq. 12)")
         for panel, by, values in (
             (by_batch, "by batch size", batch_sizes),

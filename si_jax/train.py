@@ -56,8 +56,8 @@ class Epoch(NamedTuple):
       loss: the task's cross-entropy in nats, without the surrogate loss, averaged over
         the examples as they were seen.
       accuracy: the fraction of them that was classified correctly.
-      loss_drop: how far the loss fell in the epoch, on 500 examples spread over the
-        task.
+      loss_drop: how far the loss fell in the epoch, on some 500 examples spread over
+        the task.
       surrogate_loss: the penalty of eq. 4, SI's or EWC's, at the epoch's end.
       path_integral: Σω gained in the epoch, the drop of the loss by eq. 3; larger than
         ``loss_drop`` by what minibatch noise adds.
@@ -206,11 +206,16 @@ def learner(
             return (params, opt_state), jax.tree.map(jnp.add, seen, new)
 
         few = min(500, task.rows.shape[-1])
+        at_once = min(micro_batch or few, few)
+        few -= few % at_once
         spread = task.rows[jnp.arange(few, dtype=jnp.int32) * task.size // few]
         sample = gather(examples, task, spread, jnp.int32(0), few)
 
         def mean_loss(params):
-            return sums(params, sample[-1].sum(), *sample)[0]
+            def part(examples, _):
+                return sums(params, sample[-1].sum(), *examples)[0]
+
+            return sum_over_parts(part, sample, key, at_once)
 
         steps = (task.size + batch_size - 1) // batch_size
         start, zero = carry, jnp.zeros(())

@@ -57,9 +57,9 @@ class SynapticIntelligenceState(NamedTuple):
 
     Attributes:
       synapses: ω, Ω and θ̃.
-      strength: c of eq. 4 in force at the last update, a scalar; a record, to be set
-        where the transformation is made.
-      damping: ξ of eq. 5 in force at the last update, likewise.
+      strength: c of eq. 4 at the last update, a scalar, for :func:`surrogate_loss`;
+        set where the transformation is made.
+      damping: ξ of eq. 5 at the last update, likewise, for :func:`consolidate`.
       nonnegative: whether Ω is kept from falling below zero, a boolean scalar.
       last_params: the parameters at the last update, to see what they moved since.
       last_grads: the gradient at the last update, which that movement belongs to.
@@ -78,9 +78,9 @@ class WithSynapticIntelligenceState(NamedTuple):
 
     Attributes:
       synapses: ω, Ω and θ̃.
-      strength: c of eq. 4 in force at the last update, a scalar; a record, to be set
-        where the transformation is made.
-      damping: ξ of eq. 5 in force at the last update, likewise.
+      strength: c of eq. 4 at the last update, a scalar, for :func:`surrogate_loss`;
+        set where the transformation is made.
+      damping: ξ of eq. 5 at the last update, likewise, for :func:`consolidate`.
       nonnegative: whether Ω is kept from falling below zero, a boolean scalar.
       inner_state: the state of the wrapped optimizer.
     """

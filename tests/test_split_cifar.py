@@ -40,6 +40,7 @@ def test_tasks_are_cifar_10_and_half_of_cifar_100(config, tmp_path):
         assert own[problem.train.labels[rows[:size]]].all()
     few = split_cifar.make_problem(config(tmp_path, examples=15))
     assert few.stages.size.tolist() == [15] * 6
+    assert few.test_tasks.size.tolist() == [15] + [10] * 5
     assert few.stages.rows.shape == (6, 15), "no waste"
     two = split_cifar.make_problem(config(tmp_path, data="cifar10"))
     assert two.stages.size.tolist() == [100, 100]
