@@ -125,6 +125,6 @@ def test_values_that_make_no_sense_are_refused(arguments, message, capsys):
 def test_shipped_configurations():
     parsed = command.parse(split_cifar.Config, "split_cifar", [])
     assert parsed == split_cifar.Config()
-    for name in ("split_cifar10", "split_cifar_quick"):
+    for name in ("split_cifar10", "split_cifar_choice", "split_cifar_quick"):
         path = str(command.CONFIGS / f"{name}.toml")
         command.parse(split_cifar.Config, "split_cifar", ["--config", path])
