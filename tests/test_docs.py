@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from experiments import benchmark, importance, permuted_mnist
+from experiments import benchmark, importance, permuted_mnist, split_cifar
 
 ROOT = Path(__file__).parent.parent
 PAGES = [*(ROOT / "docs").glob("*.md"), *(ROOT / "docs/guides").glob("*.md")]
@@ -34,6 +34,9 @@ def test_code_prints_what_it_says(code):
         exec(compile(code, "example", "exec"), {})
     expected = re.findall(r"^print\(.*\)  # (.*)$", code, re.MULTILINE)
     assert printed.getvalue().splitlines() == expected
+
+
+TASKS = split_cifar.titles(split_cifar.Config())
 
 
 def record(name):
@@ -125,6 +128,28 @@ def test_the_choice_of_c_is_the_records():
     ewc = {k: v for k, v in accuracy.items() if k.startswith("ewc")}
     (chosen,) = permuted_mnist.Config().ewc_strengths
     assert max(ewc, key=ewc.get) == f"ewc c={chosen:g}"
+
+
+def test_the_small_split_cifar_shows_figure_6():
+    text = (ROOT / "docs/experiments.md").read_text()
+    quick, choice = (record(f"split_cifar_{name}") for name in ("quick", "choice"))
+    runs = quick["runs"]
+    (ours,) = set(runs) - {"fine-tuning"}
+    assert split_cifar.table(runs, "test", TASKS) in text
+    with_si, without = (
+        split_cifar.final(runs[method], method, "test").mean(0)
+        for method in (ours, "fine-tuning")
+    )
+    assert with_si.mean() > without.mean() + 0.05
+    assert (with_si[:-1] > without[:-1]).all(), "no old task lost by it"
+    accuracy = {
+        method: found["test"]["average_accuracy"]["mean"]
+        for method, found in choice["summary"].items()
+    }
+    assert max(accuracy, key=accuracy.get) == ours
+    for method, mean in accuracy.items():
+        c = 0 if method == "fine-tuning" else float(method.split("=")[1])
+        assert f"| {c:g} | {mean:.3f} |" in text
 
 
 def test_every_deviation_has_a_test_that_exists():
