@@ -207,7 +207,10 @@ def figure(runs: dict[str, Any], config: Config) -> Figure:
     """Fig. 6 of the finished methods."""
     bars = {
         label: {method: final(run, method, split) for method, run in runs.items()}
-        for label, split in (("Validation accuracy", "test"), ("Training", "train"))
+        for label, split in (
+            ("Validation accuracy", "test"),
+            ("Training accuracy", "train"),
+        )
     }
     shown = "CIFAR-10" if config.data == "cifar10" else "CIFAR-10/100"
     return figures.final_accuracy(

@@ -195,14 +195,14 @@ def final_accuracy(
                     error_kw={"linewidth": 0.8},
                     label=method,
                 )
-            panel.axhline(chance, color="0.3", linestyle=":", linewidth=1)
+            panel.axhline(chance, color="0.3", ls=":", linewidth=1, label="chance")
             panel.set_ylabel(label)
         panels[-1].set_xticks(range(len(titles)), titles)
         figure.suptitle(suptitle or "", fontsize=STYLE["font.size"])
         figure.legend(
             *panels[0].get_legend_handles_labels(),
             loc="outside lower center",
-            ncols=min(len(panels[0].containers), 5),
+            ncols=min(len(panels[0].containers) + 1, 5),
             frameon=False,
         )
     return figure
@@ -259,12 +259,12 @@ def average_accuracy(
                     linewidth=0,
                 )
         for panel in (zoom, whole):
-            for values, label, style in (
+            for control, label, style in (
                 (joint, "all tasks at once", "--"),
                 (single, "single task", ":"),
             ):
-                if values is not None:
-                    level = float(np.asarray(values).mean())
+                if control is not None:
+                    level = float(np.asarray(control).mean())
                     panel.axhline(level, color="0.4", linestyle=style, label=label)
             panel.set_ylabel("Average accuracy")
         # The upper part: about the best method and what it might reach.
@@ -322,6 +322,11 @@ def ratios(groups: Mapping[str, Mapping[str, float]], *, label: str) -> Figure:
     return figure
 
 
+def _off_diagonal(matrix: np.ndarray) -> np.ndarray:
+    """A square matrix with NaN on its diagonal, which is left blank."""
+    return np.where(np.eye(len(matrix), dtype=bool), np.nan, matrix)
+
+
 def correlations(matrices: Mapping[str, Mapping[str, ArrayLike]]) -> Figure:
     """Fig. 5: how the importances ω of different tasks correlate.
 
@@ -341,8 +346,7 @@ def correlations(matrices: Mapping[str, Mapping[str, ArrayLike]]) -> Figure:
     rows, columns = len(matrices), max(map(len, matrices.values()))
     others = {
         method: {
-            layer: np.where(np.eye(len(x), dtype=bool), np.nan, np.asarray(x))
-            for layer, x in layers.items()
+            layer: _off_diagonal(np.asarray(matrix)) for layer, matrix in layers.items()
         }
         for method, layers in matrices.items()
     }
