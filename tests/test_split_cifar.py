@@ -66,9 +66,16 @@ def test_every_method_runs(config, tmp_path, capsys):
     assert split_cifar.table(runs, "test", titles) in printed
     assert (tmp_path / "all" / "split_cifar.png").stat().st_size > 10_000
 
-    lines = (tmp_path / "all" / "metrics.jsonl").read_text().splitlines()
-    logged = [(x["method"], x["position"]) for x in map(json.loads, lines)]
-    assert logged == [("first task", 0), *((method, 1) for method in runs)]
+    logged, logged_alone = (
+        [
+            json.loads(line)
+            for line in (tmp_path / folder / "metrics.jsonl").read_text().splitlines()
+        ]
+        for folder in ("all", "alone")
+    )
+    order = [(epoch["method"], epoch["position"]) for epoch in logged]
+    assert order == [("first task", 0), *((method, 1) for method in runs)]
+    assert [logged[0], logged[2]] == logged_alone, "losses, Σω, …"
     for split in ("initial", "test", "train"):
         assert runs["fine-tuning"][split] == of_alone["fine-tuning"][split]
 
