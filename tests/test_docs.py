@@ -36,9 +36,6 @@ def test_code_prints_what_it_says(code):
     assert printed.getvalue().splitlines() == expected
 
 
-TASKS = split_cifar.titles(split_cifar.Config())
-
-
 def record(name):
     return json.loads((ROOT / f"experiments/results/{name}.json").read_text())
 
@@ -135,7 +132,12 @@ def test_the_small_split_cifar_shows_figure_6():
     quick, choice = (record(f"split_cifar_{name}") for name in ("quick", "choice"))
     runs = quick["runs"]
     (ours,) = set(runs) - {"fine-tuning"}
-    assert split_cifar.table(runs, "test", TASKS) in text
+    titles = split_cifar.titles(split_cifar.Config())
+    assert split_cifar.table(runs, "test", titles) in text
+    with_si, without = (
+        f"{runs[method]['seconds']:.0f} s" for method in (ours, "fine-tuning")
+    )
+    assert f"takes {with_si} with SI and {without} without" in text
     with_si, without = (
         split_cifar.final(runs[method], method, "test").mean(0)
         for method in (ours, "fine-tuning")
