@@ -102,6 +102,8 @@ def trajectories(
 ) -> Figure:
     """Fig. 1: the losses of two tasks as heat maps, and the ways through them.
 
+    The shades are of the losses' square roots, in which a valley can be seen.
+
     Args:
       x: ``(columns,)``, values of the first parameter.
       y: ``(rows,)``, of the second.

@@ -52,7 +52,7 @@ def test_numbers_are_the_records():
     text = (ROOT / "docs/guides/precision.md").read_text()
     for name in ("permuted_mnist_quick", "permuted_mnist_quick_bfloat16"):
         found = record(name)["summary"]["si c=1"]["test"]["average_accuracy"]
-        assert f"{found['mean']:.3f} ± {found['std']:.3f}" in text
+        assert f"{found['mean']:.3f} ± {found['sem']:.3f}" in text
 
 
 def test_the_benchmark_shows_what_the_documentation_says():
