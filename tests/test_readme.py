@@ -24,6 +24,11 @@ def test_numbers_are_the_records():
     assert table(runs, "train", TITLES) in README
     assert f"in {sum(run['seconds'] for run in runs.values()):.0f} s on" in README
 
+    few = record("split_mnist_mnist5k")["summary"]
+    sgd, si = (few[k]["test"]["average_accuracy"]["mean"] for k in ("sgd", "si c=1"))
+    assert f"it ends above SI:\n[{sgd:.3f} and {si:.3f}]" in README
+    assert sgd > si
+
     grid = record("sweep")
     accuracy = average_accuracy(np.array(grid["runs"]["grid"]["test"]))
     config = sweep.Config()
