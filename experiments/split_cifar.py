@@ -53,6 +53,8 @@ class Config(command.Options):
     """What the network computes in; parameters and SI's state are float32."""
     learning_rate: float = 1e-3
     """Adam's."""
+    keep_count: bool = False
+    """Keep Adam's step count at a task's start, as the authors' code does."""
     strengths: tuple[float, ...] = (0.01, 0.1)
     """c of eq. 4, a method each."""
     damping: float = 1e-3
@@ -126,6 +128,7 @@ def make_learner(config: Config) -> Callable[..., Learner]:
             (32, 32, 3),
             batch_size=config.batch_size,
             reset_optimizer=True,
+            keep_count=config.keep_count,
             dropout=True,
             micro_batch=config.micro_batch,
         )
@@ -150,6 +153,7 @@ def run(config: Config) -> None:
     """Run every method that is not finished, then print and draw all of them."""
     small = f"-{config.examples}" * bool(config.examples)
     folder = config.data + small + "-held-out" * bool(config.held_out)
+    folder += "-keep-count" * config.keep_count
     record = Record("split_cifar", config, default=folder)
     driver.run_methods(config, methods(config), make_problem, record, summary)
     if is_first():

@@ -2,6 +2,7 @@
 
 import json
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -259,6 +260,34 @@ def test_epochs_report_what_synaptic_intelligence_sees():
     np.testing.assert_allclose(report.surrogate_loss, penalty, rtol=1e-6)
     omega = jnp.concatenate([x.ravel() for x in jax.tree.leaves(synapses[0])])
     np.testing.assert_allclose(report.negative, (omega < 0).mean())
+
+
+def test_keep_count_resets_all_but_the_step_count():
+    """Adam's first steps after it are several times as large, as in its docstring."""
+    task, examples = jax.tree.map(lambda x: x[0], TRAIN_TASKS), on_device(TRAIN)
+    after = {}
+    for keep_count in (False, True):
+        pieces = make(inner=lenient(optax.adam(0.01)), keep_count=keep_count)
+        carry = pieces.init(jax.random.key(0))
+        carry, _ = pieces.epoch(carry, examples, task, jax.random.key(1))
+        count = optax.tree.get(carry.opt_state, "count")
+        after[keep_count] = pieces.finish(carry, examples, task, jax.random.key(2))
+    fresh, kept = after[False].opt_state, after[True].opt_state
+    assert optax.tree.get(kept, "count") == count > 0
+    chex.assert_trees_all_equal(optax.tree.set(kept, count=jnp.int32(0)), fresh)
+
+    grad, scale = jnp.ones(1), lenient(optax.scale_by_adam())
+    fresh, late = (scale.init(grad) for _ in range(2))
+    late = late._replace(count=jnp.int32(10**6))
+    t = np.arange(1, 101)
+    expected = (1 - 0.9**t) / np.sqrt(1 - 0.999**t)
+    assert round(expected.max(), 1) == 6.6
+    for factor in expected:
+        (small, fresh), (large, late) = (
+            scale.update(grad, fresh),
+            scale.update(grad, late),
+        )
+        np.testing.assert_allclose(large / small, factor, rtol=1e-3)
 
 
 @pytest.mark.parametrize("reset", [True, False])
