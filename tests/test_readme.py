@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments import benchmark_sweep, permuted_mnist, sweep
+from experiments import benchmark_sweep, permuted_mnist, split_cifar, sweep
 from experiments.record import table
 from experiments.split_mnist import TITLES
 from si_jax.metrics import average_accuracy
@@ -60,6 +60,20 @@ def test_permuted_mnist_record_shows_what_it_must():
     assert mean["joint"] >= 0.98
     assert mean["sgd"] < mean["sgd+dropout"] < mean["ewc c=10000"] < ours
     assert ours < mean["joint"]
+
+
+def test_split_cifar_record_shows_what_it_must():
+    shown = record("split_cifar")
+    assert shown["config"]["epochs"] == 60
+    assert shown["config"]["examples"] == 0
+    titles = split_cifar.titles(split_cifar.Config())
+    assert split_cifar.table(shown["runs"], "test", titles) in README
+    mean = {
+        method: summary["test"]["average_accuracy"]["mean"]
+        for method, summary in shown["summary"].items()
+    }
+    assert abs(mean["si c=0.01"] - 0.735) < 0.015, "the authors' data"
+    assert mean["fine-tuning"] < mean["si c=0.01"] - 0.02
 
 
 def test_split_mnist_record_shows_what_it_must():
