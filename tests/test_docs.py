@@ -144,6 +144,20 @@ def test_the_small_split_cifar_shows_figure_6():
     )
     assert with_si.mean() > without.mean() + 0.04
     assert (with_si[:-1] > without[:-1]).all(), "no old task lost by it"
+    kept = record("split_cifar_quick_keep_count")
+    assert kept["config"] == quick["config"] | {"keep_count": True}
+    assert split_cifar.table(kept["runs"], "test", titles) in text
+    kept_si, kept_without = (
+        split_cifar.final(kept["runs"][method], method, "test").mean(0)
+        for method in (ours, "fine-tuning")
+    )
+    assert kept_si.mean() > kept_without.mean() + 0.1
+    assert (kept_si[:-1] > kept_without[:-1]).all(), "no old task lost by it"
+    readme = (ROOT / "README.md").read_text()
+    assert (
+        f"falls from\n{without.mean():.3f} to {kept_without.mean():.3f}, "
+        f"SI from {with_si.mean():.3f} to {kept_si.mean():.3f}." in readme
+    )
     accuracy = {
         method: found["test"]["average_accuracy"]["mean"]
         for method, found in choice["summary"].items()
