@@ -173,9 +173,11 @@ def test_every_deviation_has_a_test_that_exists():
     rows = [row for row in table.splitlines() if row.startswith("|")][2:]
     assert len(rows) > 10
     for row in rows:
-        file, name = re.search(r"`(test_\w+\.py)::(test_\w+)`", row).groups()
-        tree = ast.parse((ROOT / "tests" / file).read_text())
-        assert name in {x.name for x in tree.body if isinstance(x, ast.FunctionDef)}
+        tests = re.findall(r"`(test_\w+\.py)::(test_\w+)`", row)
+        assert tests, row
+        for file, name in tests:
+            tree = ast.parse((ROOT / "tests" / file).read_text())
+            assert name in {x.name for x in tree.body if isinstance(x, ast.FunctionDef)}
 
 
 def test_links_and_images_lead_somewhere():

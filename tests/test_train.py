@@ -275,6 +275,8 @@ def test_keep_count_resets_all_but_the_step_count():
     fresh, kept = after[False].opt_state, after[True].opt_state
     assert optax.tree.get(kept, "count") == count > 0
     chex.assert_trees_all_equal(optax.tree.set(kept, count=jnp.int32(0)), fresh)
+    for moment in ("mu", "nu"):
+        assert not any(x.any() for x in jax.tree.leaves(optax.tree.get(kept, moment)))
 
     grad, scale = jnp.ones(1), lenient(optax.scale_by_adam())
     fresh, late = (scale.init(grad) for _ in range(2))
