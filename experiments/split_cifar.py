@@ -217,11 +217,13 @@ def figure(runs: dict[str, Any], config: Config) -> Figure:
         )
     }
     shown = "CIFAR-10" if config.data == "cifar10" else "CIFAR-10/100"
+    reset = ", the authors' reset of Adam" if config.keep_count else ""
     return figures.final_accuracy(
         bars,
         titles(config),
         chance=1 / len(groups(config)[0]),
-        suptitle=f"Split {shown} after all tasks, {over_seeds(config.seeds, 'SD')}",
+        suptitle=f"Split {shown} after all tasks{reset}, "
+        + over_seeds(config.seeds, "SD"),
     )
 
 

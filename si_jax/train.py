@@ -131,10 +131,10 @@ def learner(
       image_shape: height, width, channels.
       batch_size: examples a step; an epoch's last batch may be smaller.
       reset_optimizer: start every task with a fresh optimizer.
-      keep_count: but with its old step count, of which ``tx`` must have one, as the
-        authors' code does. Adam's bias correction then takes the zeroed moments for
-        old ones: after a long task, step t of the next is (1 − β₁ᵗ)/√(1 − β₂ᵗ) times
-        as large as a fresh optimizer's, up to 6.6 times.
+      keep_count: with ``reset_optimizer``, keep its step count, of which ``tx`` must
+        have one, as the authors' code does. Adam's bias correction then takes the
+        zeroed moments for old ones: after a long task, step t of the next is
+        (1 − β₁ᵗ)/√(1 − β₂ᵗ) times as large as a fresh optimizer's, up to 6.6 times.
       dropout: whether the network takes a key in training, ``rngs={"dropout": key}``.
       micro_batch: add up the gradient of a batch over parts of this size, which must
         divide it: the same gradient (but for the units that are dropped) in less
@@ -149,8 +149,11 @@ def learner(
       A :class:`Learner`. For an example see :func:`train`.
 
     Raises:
-      ValueError: if ``micro_batch`` does not divide ``batch_size``.
+      ValueError: if ``micro_batch`` does not divide ``batch_size``, or ``keep_count``
+        is without ``reset_optimizer``.
     """
+    if keep_count and not reset_optimizer:
+        raise ValueError("keep_count needs reset_optimizer=True.")
     if micro_batch and batch_size % micro_batch:
         raise ValueError(
             f"micro_batch must divide the batch size {batch_size}, got {micro_batch}."

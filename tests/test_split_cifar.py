@@ -4,10 +4,12 @@ import dataclasses
 import json
 
 import jax
+import jax.numpy as jnp
 import made_up
 import numpy as np
 import pytest
 
+import si_jax
 from experiments import command, split_cifar
 from si_jax import figures
 
@@ -78,6 +80,26 @@ def test_every_method_runs(config, tmp_path, capsys):
     assert [logged[0], logged[2]] == logged_alone, "losses, Σω, …"
     for split in ("initial", "test", "train"):
         assert runs["fine-tuning"][split] == of_alone["fine-tuning"][split]
+
+
+def test_bfloat16_trains_alike_with_float32_parameters_and_synapses(config, tmp_path):
+    found = []
+    for compute in ("float32", "bfloat16"):
+        settings = config(tmp_path, data="cifar10", examples=16, compute=compute)
+        problem = split_cifar.make_problem(settings)
+        task = jax.tree.map(lambda x: x[0], problem.stages)
+        examples = jax.tree.map(jnp.asarray, problem.train)
+        pieces = split_cifar.make_learner(settings)(0.1, 1e-3)
+        epoch, carry = jax.jit(pieces.epoch), pieces.init(jax.random.key(0))
+        with jax.numpy_dtype_promotion("standard"):
+            carry, _ = epoch(carry, examples, task, jax.random.key(1))
+        synapses = si_jax.synapses(carry.opt_state)
+        kept = jax.tree.leaves((carry.params, synapses))
+        assert {x.dtype for x in kept} == {jnp.dtype("float32")}
+        omega = jax.tree.leaves(synapses.path_integral)
+        found.append(np.concatenate([x.ravel() for x in omega]))
+    assert np.corrcoef(*found)[0, 1] > 0.99
+    np.testing.assert_allclose(*map(np.sum, found), rtol=0.03)
 
 
 def test_table_says_what_is_gained_on_a_net_from_scratch():

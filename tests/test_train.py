@@ -380,6 +380,11 @@ def test_parts_of_a_batch_add_up_to_its_gradient():
         )
 
 
+def test_there_is_no_count_to_keep_without_a_reset():
+    with pytest.raises(ValueError, match="needs reset_optimizer=True"):
+        make(reset=False, keep_count=True)
+
+
 def test_from_scratch_every_task_starts_with_the_initial_network(tmp_path):
     problem = driver.Problem(TRAIN, TEST, TRAIN_TASKS, TEST_TASKS)
     options = Options(out=tmp_path)
