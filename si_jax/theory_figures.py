@@ -195,6 +195,7 @@ def importances(layers: Mapping[str, Mapping[str, ArrayLike]]) -> Figure:
             )
             drawn = (hessian > 0) & (omega > 0)
             panel.loglog(hessian[drawn], omega[drawn], ".", markersize=2, alpha=0.5)
+            panel.locator_params(axis="x", numticks=4)
             panel.set_title(name)
             panel.set_xlabel("Hessian, diagonal")
         panels[0].set_ylabel("Ω of Synaptic Intelligence")
