@@ -53,6 +53,21 @@ def test_numbers_are_the_records():
     for name in ("permuted_mnist_quick", "permuted_mnist_quick_bfloat16"):
         found = record(name)["summary"]["si c=1"]["test"]["average_accuracy"]
         assert f"{found['mean']:.3f} ± {found['sem']:.3f}" in text
+    accuracy, seconds = {}, {}
+    for compute, name in (("float32", ""), ("bfloat16", "_bfloat16")):
+        shown = record(f"split_cifar10_quick{name}")
+        assert shown["config"]["compute"] == compute
+        accuracy[compute] = shown["summary"]["si c=0.01"]["test"]["average_accuracy"]
+        seconds[compute] = shown["runs"]["si c=0.01"]["seconds"]
+    narrow, wide = (
+        f"{accuracy[compute]['mean']:.3f} ± {accuracy[compute]['sem']:.3f}"
+        for compute in ("bfloat16", "float32")
+    )
+    assert f"it reaches\n{narrow}, in float32 {wide}" in text
+    assert (
+        f"took\n{seconds['bfloat16']:.0f} s instead of {seconds['float32']:.0f} s"
+        in text
+    )
 
 
 def test_the_benchmark_shows_what_the_documentation_says():
