@@ -154,6 +154,7 @@ def run(config: Config) -> None:
     small = f"-{config.examples}" * bool(config.examples)
     folder = config.data + small + "-held-out" * bool(config.held_out)
     folder += "-keep-count" * config.keep_count
+    folder += "-bfloat16" * (config.compute == "bfloat16")
     record = Record("split_cifar", config, default=folder)
     driver.run_methods(config, methods(config), make_problem, record, summary)
     if is_first():
@@ -217,12 +218,12 @@ def figure(runs: dict[str, Any], config: Config) -> Figure:
         )
     }
     shown = "CIFAR-10" if config.data == "cifar10" else "CIFAR-10/100"
-    reset = ", the authors' reset of Adam" if config.keep_count else ""
+    reset = "the authors' reset of Adam" if config.keep_count else "fresh Adam"
     return figures.final_accuracy(
         bars,
         titles(config),
         chance=1 / len(groups(config)[0]),
-        suptitle=f"Split {shown} after all tasks{reset}, "
+        suptitle=f"Split {shown} after all tasks, {reset}, "
         + over_seeds(config.seeds, "SD"),
     )
 

@@ -63,9 +63,9 @@ def test_numbers_are_the_records():
         f"{accuracy[compute]['mean']:.3f} ± {accuracy[compute]['sem']:.3f}"
         for compute in ("bfloat16", "float32")
     )
-    assert f"it reaches\n{narrow}, in float32 {wide}" in text
+    assert f"with SI is {narrow}, in float32 {wide}" in text
     assert (
-        f"took\n{seconds['bfloat16']:.0f} s instead of {seconds['float32']:.0f} s"
+        f"took {seconds['bfloat16']:.0f} s instead of {seconds['float32']:.0f} s"
         in text
     )
 

@@ -78,6 +78,11 @@ def test_split_cifar_records_show_what_they_must():
         )
     assert abs(si["kept"] - 0.735) < 0.015, "the authors' data"
     assert abs(without["kept"] - 0.625) < 0.02, "the authors' data"
+    ours, plain = (
+        split_cifar.final(kept["runs"][method], method, "test")[0]
+        for method in ("si c=0.01", "fine-tuning")
+    )
+    assert (ours[:-1] > plain[:-1]).all(), "no old task lost by it"
     assert (
         f"forgets less: {without['fresh']:.3f}, and SI has {si['fresh']:.3f}" in README
     )

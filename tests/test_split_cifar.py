@@ -98,6 +98,7 @@ def test_bfloat16_trains_alike_with_float32_parameters_and_synapses(config, tmp_
         assert {x.dtype for x in kept} == {jnp.dtype("float32")}
         omega = jax.tree.leaves(synapses.path_integral)
         found.append(np.concatenate([x.ravel() for x in omega]))
+    assert (found[0] != found[1]).any(), "it is computed in bfloat16"
     assert np.corrcoef(*found)[0, 1] > 0.99
     np.testing.assert_allclose(*map(np.sum, found), rtol=0.03)
 
