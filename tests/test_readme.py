@@ -76,7 +76,8 @@ def test_split_cifar_records_show_what_they_must():
             shown["summary"][method]["test"]["average_accuracy"]["mean"]
             for method in ("si c=0.01", "fine-tuning")
         )
-    assert abs(si["kept"] - 0.735) < 0.015, "the authors' data"
+        assert abs(si[name] - 0.735) < 0.015, "the authors' data"
+    assert without["fresh"] < si["fresh"] - 0.02
     assert abs(without["kept"] - 0.625) < 0.02, "the authors' data"
     ours, plain = (
         split_cifar.final(kept["runs"][method], method, "test")[0]
