@@ -128,13 +128,16 @@ def test_figure_6_has_bars_deviations_and_chance():
     accuracy = np.array([[0.5, 0.7], [0.7, 0.7]])
     methods = {"a": accuracy, "b": accuracy[:1]}
     figure = figures.final_accuracy(
-        {"Validation": methods, "Training": methods}, ["one", "two"], chance=0.1
+        {"Validation": methods, "Training": {"a": accuracy / 2}},
+        ["one", "two"],
+        chance=0.1,
     )
     panels = figure.axes
     assert [p.get_ylabel() for p in panels] == ["Validation", "Training"]
     heights = [bar.get_height() for bar in panels[0].containers[1]]
     np.testing.assert_allclose(heights, accuracy.mean(0))
     assert panels[0].lines[-1].get_ydata()[0] == 0.1
+    assert panels[0].get_ylim() == panels[1].get_ylim()
 
 
 @pytest.mark.parametrize(
