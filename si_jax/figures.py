@@ -181,8 +181,9 @@ def final_accuracy(
     with matplotlib.rc_context(STYLE):
         size = (1.1 * len(titles) + 1.2, 2.1 * len(bars) + 0.6)
         figure = Figure(figsize=size, layout="constrained")
-        shared = {"sharex": True, "sharey": True}
-        panels = figure.subplots(len(bars), 1, squeeze=False, **shared)[:, 0]
+        panels = figure.subplots(
+            len(bars), 1, sharex=True, sharey=True, squeeze=False
+        ).ravel()
         for panel, (label, methods) in zip(panels, bars.items(), strict=True):
             width = 0.8 / len(methods)
             for i, (method, values) in enumerate(methods.items()):
