@@ -43,7 +43,7 @@ class Options:
     """This one's number, from 0."""
 
     PICKS: ClassVar[tuple[str, ...]] = ()
-    """Settings that choose among methods, named in the results, and change none."""
+    """Settings that choose what to run, named in the results, and change none."""
 
     def check(self, *, positive: tuple[str, ...], at_least_1: tuple[str, ...]) -> None:
         """Refuse values that make no sense, for ``__post_init__``."""

@@ -1,5 +1,6 @@
 """Run one method, all its runs at once: an epoch a dispatch, with checkpoints."""
 
+import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -91,7 +92,7 @@ def run_methods(
     record: Record,
     summary: Callable[[str, dict[str, Any]], dict[str, Any]] | None = None,
 ) -> None:
-    """Run the methods that are not finished, one after the other, and record them.
+    """Run the seeds that are missing, method after method, and record them.
 
     Args:
       config: the experiment's :class:`Options`, with ``seeds`` (runs of each method,
@@ -101,28 +102,30 @@ def run_methods(
       record: keeps the results.
       summary: of a method's name and result, if not the usual one.
     """
-    todo = {k: method for k, method in methods.items() if k not in record.runs}
-    if todo:
+    todo = {name: record.missing(name, config.seeds) for name in methods}
+    if any(todo.values()):
         problem = make_problem(config)
     elif is_first():
         print(f"Finished before: the results are those in {record.folder}.")
-    for name, method in todo.items():
-        result = run(
-            method.make_learner,
-            {
-                "strength": [method.strength] * config.seeds,
-                "damping": [config.damping] * config.seeds,
-            },
-            range(config.seeds),
-            method.learns(problem),
-            epochs=config.epochs,
-            method=name,
-            record=record,
-            options=config,
-            from_scratch=method.from_scratch,
-            first_task=method.first_task,
-        )
-        record.add(name, result, summary and summary(name, result))
+    for name, groups in todo.items():
+        method = methods[name]
+        for seeds in groups:
+            result = run(
+                method.make_learner,
+                {
+                    "strength": [method.strength] * len(seeds),
+                    "damping": [config.damping] * len(seeds),
+                },
+                seeds,
+                method.learns(problem),
+                epochs=config.epochs,
+                method=name,
+                record=record,
+                options=config,
+                from_scratch=method.from_scratch,
+                first_task=method.first_task,
+            )
+            record.add(name, result, summary and functools.partial(summary, name))
 
 
 def run(
@@ -159,6 +162,7 @@ def run(
       included, and, where ω of the tasks is kept, its ``correlations`` ``{parameter:
       (runs, tasks, tasks)}``.
     """
+    group = f"{min(seeds)}-{max(seeds)}"
     mesh = sweep.mesh(len(seeds))
     missing = -len(seeds) % mesh.size  # made up by repeating the last run
 
@@ -230,14 +234,14 @@ def run(
     state = State(to_host(carry), nothing, nothing.copy(), initial, none)
     first_task = first_task or method
     position, state = (
-        record.checkpoints(method).restore(state)
-        or record.checkpoints(first_task).restore(state)
+        record.checkpoints(f"{method} seeds {group}").restore(state)
+        or record.checkpoints(f"{first_task} seeds {group}").restore(state)
         or (0, state)
     )
     carry, *rest = state
     state = State(to_devices(carry), *map(np.array, rest))  # writable
     for name in (first_task, method):
-        record.rewind(name, position)
+        record.rewind(name, group, position)
     start -= float(state.seconds)
 
     with tqdm(
@@ -257,7 +261,7 @@ def run(
             )
             state, report = state._replace(carry=carry), to_host(report)
             log = {"task": number, "epoch": i, **report._asdict()}
-            record.log(method=name, position=position, **log)
+            record.log(method=name, seeds=group, position=position, **log)
             position += 1
             ends = position % epochs == 0
             if ends:
@@ -274,7 +278,7 @@ def run(
                 seconds = np.asarray(time.perf_counter() - start, np.float32)
                 state = state._replace(seconds=seconds)
                 kept = state._replace(carry=to_host(state.carry))
-                record.checkpoints(name).save(position, kept)
+                record.checkpoints(f"{name} seeds {group}").save(position, kept)
             bar.update()
             bar.set_postfix_str(
                 f"task {number + 1}/{count}, accuracy {report.accuracy.mean():.3f}"

@@ -117,7 +117,7 @@ def run(config: Config) -> None:
         }
         if seed == 0:
             found["sample"] = {k: sample(layer) for k, layer in layers.items()}
-        record.add(f"seed {seed}", found, summary={})
+        record.add(f"seed {seed}", found, lambda _: {})
     if is_first():
         print(
             f"Correlation with the Hessian's diagonal, n = {config.seeds}: rank, linear"

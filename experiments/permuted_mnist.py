@@ -22,6 +22,7 @@ from experiments.record import (
     cell,
     is_first,
     over_seeds,
+    seeds_row,
     summarize,
 )
 from experiments.split_mnist import NAMES, check_strengths
@@ -48,7 +49,7 @@ class Config(command.Options):
     )
     """What to run; more can be added later in the same --out."""
     seeds: int = 1
-    """Runs of each method, with the seeds 0, 1, …"""
+    """Runs of each method, with the seeds 0, 1, …; more can be added later."""
     data: Literal["tfds", "mnist5k"] = "tfds"
     """MNIST itself through TFDS, or 5,000 of its digits that need no download."""
     tasks: int = 10
@@ -78,7 +79,12 @@ class Config(command.Options):
     held_out: float = 0.0
     """Fraction of the training set to choose c on, in the test set's place; 0: none."""
 
-    PICKS: ClassVar[tuple[str, ...]] = ("methods", "strengths", "ewc_strengths")
+    PICKS: ClassVar[tuple[str, ...]] = (
+        "methods",
+        "seeds",
+        "strengths",
+        "ewc_strengths",
+    )
 
     def __post_init__(self):
         """Refuse values that make no sense."""
@@ -239,7 +245,7 @@ def report(config: Config, record: Record) -> None:
     runs, name = record.runs, NAMES[config.data]
     print(
         f"\nPermuted {name}: test accuracy, average over the tasks so far, "
-        + over_seeds(config.seeds)
+        + over_seeds(runs)
     )
     print(table(runs))
     correlated = {k: hidden_layers(v) for k, v in runs.items() if "correlations" in v}
@@ -251,7 +257,7 @@ def report(config: Config, record: Record) -> None:
     seconds = ", ".join(f"{k} {v['seconds']:.0f} s" for k, v in runs.items())
     print(f"\nTook {seconds}. Everything is in {record.folder}.")
     if so_far(runs):
-        record.save("permuted_mnist", figure(runs, name, config.seeds))
+        record.save("permuted_mnist", figure(runs, name))
 
 
 def so_far(runs: dict[str, Any]) -> dict[str, np.ndarray]:
@@ -276,7 +282,7 @@ def table(runs: dict[str, Any]) -> str:
         else:
             cells = [cell(values) for values in so_far({method: run})[method].T]
         columns.append([method, *cells])
-    return aligned(list(zip(*columns, strict=True)))
+    return aligned([*zip(*columns, strict=True), *seeds_row(runs)])
 
 
 def correlation_table(
@@ -293,7 +299,7 @@ def correlation_table(
     return aligned(list(zip(tasks, *columns, strict=True)))
 
 
-def figure(runs: dict[str, Any], name: str, seeds: int) -> Figure:
+def figure(runs: dict[str, Any], name: str) -> Figure:
     """Fig. 4 of the finished methods, on the test set."""
     controls = {
         method: np.asarray(metrics.average_accuracy(runs[method]["test"]))
@@ -303,7 +309,7 @@ def figure(runs: dict[str, Any], name: str, seeds: int) -> Figure:
     return figures.average_accuracy(
         so_far(runs),
         **controls,
-        suptitle=f"Permuted {name}\ntest accuracy, {over_seeds(seeds)}",
+        suptitle=f"Permuted {name}\ntest accuracy, {over_seeds(runs)}",
     )
 
 

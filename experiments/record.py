@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import platform
@@ -9,7 +10,7 @@ import re
 import shutil
 import subprocess
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ class Record:
     """The folder of one experiment: its configuration, results, metrics, checkpoints.
 
     Finished methods are kept: the same configuration goes on where it was left, another
-    one is refused.
+    one is refused. More seeds may be added to what is finished, none taken away.
 
     Args:
       experiment: its name.
@@ -54,12 +55,9 @@ class Record:
         except OSError as error:
             raise UserError(f"cannot write to --out {self.folder}: {error}") from error
         entries = _jsonable(dataclasses.asdict(config))
-        head = {
-            "experiment": experiment,
-            "config": {
-                k: v for k, v in entries.items() if k not in (*PLACES, *config.PICKS)
-            },
-        }
+        self._left_out = {*PLACES, *config.PICKS}
+        settings = {k: v for k, v in entries.items() if k not in self._left_out}
+        head = {"experiment": experiment, "config": settings}
         started = self._read("config.json")
         if started is None:
             started = {**head, "versions": versions()}
@@ -67,7 +65,7 @@ class Record:
         self._refuse_another(started, head)
         finished = self._read("results.json") or {"runs": {}, "summary": {}}
         self._refuse_another({**head, **finished}, head)
-        self.content = {**started, **finished}
+        self.content = {**started, **finished, "config": settings}
         _wait_for_all("all have read")
 
     @property
@@ -75,22 +73,67 @@ class Record:
         """The finished methods' accuracies."""
         return self.content["runs"]
 
+    def missing(self, method: str, seeds: int) -> list[range]:
+        """The seeds below ``seeds`` that a method has not run, in the groups to run.
+
+        Runs of one group are trained together. A group ends where one did that is
+        finished or under way, so that methods share what they can, and what was
+        interrupted goes on.
+
+        Raises:
+          UserError: if the method has run more.
+        """
+        done = count(self.runs[method]) if method in self.runs else 0
+        if done > seeds:
+            raise UserError(
+                f"{self.folder} holds {done} seeds of {method}, which --seeds {seeds} "
+                f"would not show: --seeds {done} or more, or another --out."
+            )
+        ends = {end for end in self._ends() if done < end < seeds}
+        bounds = [done, *sorted(ends), *([seeds] if done < seeds else [])]
+        return [range(*pair) for pair in itertools.pairwise(bounds)]
+
+    def _ends(self) -> set[int]:
+        """Where groups of seeds end that are finished or under way."""
+        ends = set()
+        for run in self.runs.values():
+            groups = [part["seeds"] for part in run.get("parts", [])] or [count(run)]
+            ends |= set(itertools.accumulate(groups))
+        for folder in self.folder.glob("checkpoints/*"):
+            if group := re.search(r"-seeds-(\d+)-(\d+)$", folder.name):
+                ends |= {int(group[1]), int(group[2]) + 1}
+        return ends
+
     def add(
-        self, method: str, run: dict[str, Any], summary: dict[str, Any] | None = None
+        self,
+        method: str,
+        run: dict[str, Any],
+        summary: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
     ) -> None:
-        """Keep a finished method, with :func:`summarize` of it or another summary."""
-        self.runs[method] = _jsonable(run)
-        if (now := versions()) != self.content["versions"]:
-            self.runs[method]["versions"] = now
-        self.content["summary"][method] = _jsonable(
-            summarize(run) if summary is None else summary
-        )
+        """Keep a finished method, or further seeds of one, with a summary of it.
+
+        Args:
+          method: its name.
+          run: its accuracies, with a first axis over the seeds.
+          summary: of the run with all its seeds; :func:`summarize` by default.
+        """
+        run, now = _jsonable(run), versions()
+        if method in self.runs:
+            before = self.runs[method]
+            parts = before.get("parts") or [
+                _part(before, before.get("versions", self.content["versions"]))
+            ]
+            run = _joined(before, run) | {"parts": [*parts, _part(run, now)]}
+        elif now != self.content["versions"]:
+            run["versions"] = now
+        self.runs[method] = run
+        self.content["summary"][method] = _jsonable((summary or summarize)(run))
         self.write("results.json", readable(self.content))
 
-    def checkpoints(self, method: str) -> Checkpoints:
-        """The checkpoints of a method that is under way."""
+    def checkpoints(self, group: str) -> Checkpoints:
+        """The checkpoints of a method's group of seeds that is under way."""
         return Checkpoints(
-            self.folder / "checkpoints" / re.sub(r"[^\w.=+]+", "-", method)
+            self.folder / "checkpoints" / re.sub(r"[^\w.=+]+", "-", group)
         )
 
     def log(self, **entry: Any) -> None:
@@ -100,8 +143,8 @@ class Record:
             with _said(path), path.open("a") as file:
                 file.write(json.dumps(_jsonable(entry)) + "\n")
 
-    def rewind(self, method: str, position: int) -> None:
-        """Take back what was logged of a method after ``position`` epochs."""
+    def rewind(self, method: str, seeds: str, position: int) -> None:
+        """Take back what was logged of a group of seeds after ``position`` epochs."""
         path = self.folder / "metrics.jsonl"
         if not path.exists():
             return
@@ -111,7 +154,8 @@ class Record:
                 entry = json.loads(line)
             except ValueError:  # cut off in the middle
                 return False
-            return entry["method"] != method or entry["position"] < position
+            another = (entry["method"], entry.get("seeds")) != (method, seeds)
+            return another or entry["position"] < position
 
         lines = filter(stays, path.read_text().splitlines())
         self.write(path.name, "".join(line + "\n" for line in lines))
@@ -152,7 +196,7 @@ class Record:
             difference = ", ".join(
                 f"{key}: {old.get(key)} there, {new.get(key)} now"
                 for key in {**old, **new}
-                if old.get(key) != new.get(key)
+                if old.get(key) != new.get(key) and key not in self._left_out
             )
         if difference:
             raise UserError(
@@ -214,6 +258,29 @@ def versions() -> dict[str, Any]:
     }
 
 
+def count(run: dict[str, Any]) -> int:
+    """How many seeds a method has run."""
+    return len(run["test"])
+
+
+def _part(run: dict[str, Any], versions: dict[str, Any]) -> dict[str, Any]:
+    """Which versions made how many of a method's seeds, and in what time."""
+    return {"seeds": count(run), "seconds": run["seconds"], "versions": versions}
+
+
+def _joined(before: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
+    """A method's run with further seeds behind those it has."""
+    joined: dict[str, Any] = {}
+    for key, value in more.items():
+        if key == "seconds":
+            joined[key] = round(before[key] + value, 1)
+        elif isinstance(value, dict):
+            joined[key] = _joined(before[key], value)
+        else:
+            joined[key] = before[key] + value
+    return joined
+
+
 def summarize(run: dict[str, Any]) -> dict[str, Any]:
     """Mean, standard error and deviation over the seeds of the usual measures."""
     measures = {"average_accuracy": metrics.average_accuracy}
@@ -232,20 +299,32 @@ def summarize(run: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def statistics(values: Any) -> dict[str, float]:
-    """Mean, standard error and deviation of a number a seed."""
+def statistics(values: Any) -> dict[str, float | None]:
+    """Mean, standard error and deviation of a number a seed; one has no spread."""
     values = np.asarray(values, np.float64)
+    n = len(values)
+    deviation = float(values.std(ddof=1)) if n > 1 else None
     return {
         "mean": round(float(values.mean()), 6),
-        "sem": round(float(metrics.standard_error(values)), 6),
-        "std": round(float(values.std(ddof=1)) if len(values) > 1 else 0.0, 6),
-        "n": len(values),
+        "sem": None if deviation is None else round(deviation / n**0.5, 6),
+        "std": None if deviation is None else round(deviation, 6),
+        "n": n,
     }
 
 
-def over_seeds(count: int, error: str = "SEM") -> str:
-    """What a table or figure shows of ``count`` seeds."""
-    return "one seed" if count == 1 else f"mean ± {error}, n = {count}"
+def over_seeds(runs: dict[str, Any], error: str = "SEM") -> str:
+    """What a table or figure shows of the methods' seeds."""
+    counts = sorted({count(run) for run in runs.values()})
+    if counts == [1]:
+        return "one seed"
+    n = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+    return f"mean ± {error}, n = {n}"
+
+
+def seeds_row(runs: dict[str, Any]) -> list[list[str]]:
+    """A table's last row, how many seeds each method has, where they differ."""
+    counts = [str(count(run)) for run in runs.values()]
+    return [["n", *counts]] if len(set(counts)) > 1 else []
 
 
 def cell(values: Any) -> str:
@@ -274,7 +353,7 @@ def table(runs: dict[str, Any], split: str, titles: list[str]) -> str:
                 cell(metrics.forgetting(matrix)),
             ]
         )
-    return aligned(list(zip(*columns, strict=True)))
+    return aligned([*zip(*columns, strict=True), *seeds_row(runs)])
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:

@@ -19,6 +19,7 @@ from experiments.record import (
     cell,
     is_first,
     over_seeds,
+    seeds_row,
     statistics,
     summarize,
 )
@@ -38,7 +39,7 @@ class Config(command.Options):
     methods: tuple[Name, ...] = ("si", "fine-tuning", "from scratch")
     """What to run; more can be added later in the same --out."""
     seeds: int = 1
-    """Runs of each method, with the seeds 0, 1, …"""
+    """Runs of each method, with the seeds 0, 1, …; more can be added later."""
     data: Literal["cifar10-100", "cifar10"] = "cifar10-100"
     """Six tasks of ten classes, or the supplement's: CIFAR-10 as two tasks of five."""
     examples: int = 0
@@ -62,7 +63,7 @@ class Config(command.Options):
     held_out: float = 0.0
     """Fraction of the training set to choose c on, in the test set's place; 0: none."""
 
-    PICKS: ClassVar[tuple[str, ...]] = ("methods", "strengths")
+    PICKS: ClassVar[tuple[str, ...]] = ("methods", "seeds", "strengths")
 
     def __post_init__(self):
         """Refuse values that make no sense."""
@@ -184,7 +185,7 @@ def report(config: Config, record: Record) -> None:
     for split, name in (("train", "training"), ("test", "validation")):
         print(
             f"\n{name.capitalize()} accuracy after all tasks, "
-            + over_seeds(config.seeds)
+            + over_seeds(record.runs)
         )
         print(table(record.runs, split, titles(config)))
     seconds = ", ".join(f"{k} {v['seconds']:.0f} s" for k, v in record.runs.items())
@@ -205,7 +206,9 @@ def table(runs: dict[str, Any], split: str, titles: list[str]) -> str:
                 gain = accuracy.mean(0) - scratch
                 cells = [f"{x:+.3f}" for x in (*gain, gain.mean())]
                 columns.append([f"{method} − scratch", *cells])
-    return aligned(list(zip(*columns, strict=True)))
+    gains = [""] * (len(columns) - 1 - len(runs))
+    counts = [[*row, *gains] for row in seeds_row(runs)]
+    return aligned([*zip(*columns, strict=True), *counts])
 
 
 def figure(runs: dict[str, Any], config: Config) -> Figure:
@@ -223,8 +226,7 @@ def figure(runs: dict[str, Any], config: Config) -> Figure:
         bars,
         titles(config),
         chance=1 / len(groups(config)[0]),
-        suptitle=f"Split {shown} after all tasks, {reset}, "
-        + over_seeds(config.seeds, "SD"),
+        suptitle=f"Split {shown} after all tasks, {reset}, " + over_seeds(runs, "SD"),
     )
 
 

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import optax
@@ -53,13 +53,15 @@ class Config(Setting):
     """Split MNIST (Fig. 3): five pairs of digits, learned one after the other."""
 
     seeds: int = 10
-    """Runs, with the seeds 0, 1, …"""
+    """Runs of each method, with the seeds 0, 1, …; more can be added later."""
     strengths: tuple[float, ...] = (1.0, 0.0)
     """c of eq. 4, a method each; 0 is fine-tuning, without consolidation."""
     damping: float = 1e-3
     """ξ of eq. 5."""
     sgd_learning_rate: float = 0.1
     """Of plain SGD without consolidation, a further method; 0 leaves it out."""
+
+    PICKS: ClassVar[tuple[str, ...]] = ("seeds",)
 
     def __post_init__(self):
         """Refuse values that make no sense."""
@@ -137,21 +139,21 @@ def report(config: Config, record: Record) -> None:
     for split in ("train", "test"):
         print(
             f"\nSplit {name}: {split} accuracy after all tasks, "
-            + over_seeds(config.seeds)
+            + over_seeds(record.runs)
         )
         print(table(record.runs, split, TITLES))
     seconds = ", ".join(f"{k} {v['seconds']:.0f} s" for k, v in record.runs.items())
     print(f"\nTook {seconds}. Everything is in {record.folder}.")
-    record.save("split_mnist", figure(record.runs, name, config.seeds))
+    record.save("split_mnist", figure(record.runs, name))
 
 
-def figure(runs: dict[str, Any], name: str, seeds: int) -> Figure:
+def figure(runs: dict[str, Any], name: str) -> Figure:
     """Fig. 3 of the finished methods, on the test set."""
     return figures.accuracy_by_task(
         {method: run["test"] for method, run in runs.items()},
         TITLES,
         chance=0.5,
-        suptitle=f"Split {name}, test accuracy, {over_seeds(seeds)}",
+        suptitle=f"Split {name}, test accuracy, {over_seeds(runs)}",
     )
 
 

@@ -76,7 +76,7 @@ def run(config: Config) -> None:
         )
         held = split_mnist.make_problem(config, config.held_out)
         grid = train(GRID, seeds, strengths, dampings, held)
-        record.add(GRID, grid, summary={"axes": ["seed", "strength", "damping"]})
+        record.add(GRID, grid, lambda _: {"axes": ["seed", "strength", "damping"]})
     held_out = np.asarray(record.runs[GRID]["test"])
     accuracy = np.asarray(metrics.average_accuracy(held_out)).reshape(shape)
     best = choose(accuracy)

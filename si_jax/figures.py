@@ -23,6 +23,11 @@ STYLE: dict[Any, Any] = {
 }
 
 
+def _standard_error(curve: np.ndarray) -> np.ndarray:
+    """Over the first axis; 0, which draws nothing, where one seed has no spread."""
+    return np.nan_to_num(np.asarray(metrics.standard_error(curve)))
+
+
 def heat_map(
     values: ArrayLike,
     rows: Sequence[float],
@@ -122,7 +127,7 @@ def accuracy_by_task(
             so_far = np.asarray(metrics.average_accuracy_so_far(matrix))
             curves = [(k, matrix[:, k:, k]) for k in range(count)] + [(0, so_far)]
             for panel, (first, curve) in zip(panels, curves, strict=True):
-                error = metrics.standard_error(curve)
+                error = _standard_error(curve)
                 lowest = min(lowest, float((curve.mean(0) - error).min()))
                 panel.errorbar(
                     after[first:],
@@ -247,7 +252,7 @@ def average_accuracy(
             curve = np.asarray(values)
             tasks = max(tasks, curve.shape[1])
             after = np.arange(1, curve.shape[1] + 1)
-            mean, error = curve.mean(0), np.asarray(metrics.standard_error(curve))
+            mean, error = curve.mean(0), _standard_error(curve)
             for panel in (zoom, whole):
                 (line,) = panel.plot(
                     after, mean, label=name, marker=marker, markersize=3

@@ -133,7 +133,7 @@ def forward_transfer(matrix: ArrayLike, initial: ArrayLike) -> jax.Array:
 
 
 def standard_error(values: ArrayLike) -> jax.Array:
-    """Standard error of the mean over the first axis; zero for a single value.
+    """Standard error of the mean over the first axis; NaN for a single value.
 
     Args:
       values: ``(n, …)``.
@@ -147,8 +147,8 @@ def standard_error(values: ArrayLike) -> jax.Array:
       1.0
     """
     values = jnp.asarray(values)
-    if len(values) == 1:
-        return jnp.zeros_like(values[0])
+    if len(values) == 1:  # one value says nothing of the spread
+        return jnp.full_like(values[0], jnp.nan)
     return values.std(0, ddof=1) / jnp.sqrt(jnp.asarray(len(values), values.dtype))
 
 

@@ -72,7 +72,7 @@ def test_every_method_runs_and_more_can_be_added(config, tmp_path, capsys):
 def test_the_figure_names_its_data(config, tmp_path, monkeypatch):
     names = []
 
-    def figure(_runs, name, _seeds):
+    def figure(_runs, name):
         names.append(name)
         return Figure()
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from experiments.command import Options, UserError
-from experiments.record import Record, aligned, summarize, table
+from experiments.record import Record, aligned, over_seeds, summarize, table
 from si_jax import figures
 
 MATRIX = np.array([[[1.0, 0.5], [0.75, 1.0]], [[1.0, 0.5], [0.25, 1.0]]])
@@ -96,12 +96,13 @@ def test_rewinding_takes_back_what_will_be_logged_again(tmp_path):
     record = Record("e", Config(out=tmp_path))
     for method in ("a", "b"):
         for position in range(3):
-            record.log(method=method, position=position)
+            record.log(method=method, seeds="0-1", position=position)
+    record.log(method="b", seeds="2-3", position=1)
     path = tmp_path / "metrics.jsonl"
     path.write_text(path.read_text() + '{"method": "b", "posi')  # cut off by a kill
-    record.rewind("b", 1)
+    record.rewind("b", "0-1", 1)
     entries = [json.loads(line) for line in path.read_text().splitlines()]
-    expected = [("a", 0), ("a", 1), ("a", 2), ("b", 0)]
+    expected = [("a", 0), ("a", 1), ("a", 2), ("b", 0), ("b", 1)]
     assert [(e["method"], e["position"]) for e in entries] == expected
 
 
@@ -123,8 +124,54 @@ def test_summary_and_table():
         "average 0.7500 ± 0.1250",
         "forgetting 0.5000 ± 0.2500",
     ]
-    one = {"si": {"test": MATRIX[:1]}}
-    assert "±" not in table(one, "test", ["a", "b"]), "one seed has no spread"
+
+
+def test_one_seed_has_no_spread():
+    one = {"si": {"test": MATRIX[:1], "train": MATRIX[:1]}}
+    assert "±" not in table(one, "test", ["a", "b"])
+    assert over_seeds(one) == "one seed"
+    found = summarize(one["si"])["test"]["average_accuracy"]
+    assert found == {"mean": 0.75, "sem": None, "std": None, "n": 1}
+    mixed = one | {"sgd": RUN}
+    assert over_seeds(mixed) == "mean ± SEM, n = 1 to 2"
+    assert table(mixed, "test", ["a", "b"]).splitlines()[-1].split() == ["n", "1", "2"]
+
+
+def test_seeds_are_added_to_a_record_and_none_taken_away(tmp_path, monkeypatch):
+    """In groups that end where others did, finished or under way."""
+    first = {**RUN, "correlations": {"kernel": MATRIX}}
+    record = Record("e", Config(out=tmp_path))
+    record.add("si", first)
+    before = record.content["versions"]
+    later = {**before, "commit": "later"}
+    monkeypatch.setattr("experiments.record.versions", lambda: later)
+    record = Record("e", Config(out=tmp_path))
+    assert record.missing("si", 2) == []
+    assert record.missing("si", 5) == [range(2, 5)]
+    assert record.missing("new", 5) == [range(2), range(2, 5)]
+    record.checkpoints("si seeds 2-2").save(1, {"x": np.zeros(1)})
+    assert record.missing("si", 5) == [range(2, 3), range(3, 5)]
+    with pytest.raises(UserError, match=r"holds 2 seeds of si.*--seeds 2 or more"):
+        record.missing("si", 1)
+
+    record.add(
+        "si",
+        {k: v[:1] if k != "seconds" else 2.0 for k, v in RUN.items()}
+        | {"correlations": {"kernel": MATRIX[:1]}},
+    )
+    run = Record("e", Config(out=tmp_path)).runs["si"]
+    together = np.concatenate([MATRIX, MATRIX[:1]])
+    np.testing.assert_array_equal(run["test"], together)
+    np.testing.assert_array_equal(run["correlations"]["kernel"], together)
+    assert run["seconds"] == 3.5
+    assert run["parts"] == [
+        {"seeds": 2, "seconds": 1.5, "versions": before},
+        {"seeds": 1, "seconds": 2.0, "versions": later},
+    ]
+    assert record.content["summary"]["si"] == summarize(
+        RUN | {"test": together, "train": together}
+    )
+    assert record.missing("new", 3) == [range(2), range(2, 3)]
 
 
 def test_methods_do_not_share_their_checkpoints(tmp_path):

@@ -125,7 +125,7 @@ def test_interrupted_and_its_newest_checkpoint_damaged(command, through, tmp_pat
     assert process.returncode == 1
     assert errors.splitlines()[-1].startswith("interrupted")
     assert "Traceback" not in errors
-    checkpoints = tmp_path / "checkpoints" / "si-c=1"
+    checkpoints = tmp_path / "checkpoints" / "si-c=1-seeds-0-1"
     newest = max(int(p.name) for p in checkpoints.iterdir() if p.name.isdigit())
     shutil.rmtree(checkpoints / str(newest) / "default")
     process = command(tmp_path)

@@ -1,5 +1,6 @@
 """Runs in a small world whose right answers are known."""
 
+import dataclasses
 import json
 
 import chex
@@ -12,7 +13,7 @@ from problem import lenient
 
 import si_jax
 from experiments import driver
-from experiments.command import Options
+from experiments.command import Options, UserError
 from experiments.record import Record
 from si_jax import ewc, metrics, sweep, tasks
 from si_jax.data import Examples
@@ -407,6 +408,49 @@ def test_from_scratch_every_task_starts_with_the_initial_network(tmp_path):
         carry, _ = jax.jit(pieces.epoch)(carry, on_device(TRAIN), second, keys)
     expected = pieces.evaluate(carry, on_device(TEST), TEST_TASKS)
     np.testing.assert_allclose(result["test"][0, 1], expected, atol=0.03)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(Options):
+    seeds: int = 1
+    epochs: int = 1
+    damping: float = 0.01
+    PICKS = ("seeds",)
+
+
+def test_added_seeds_are_what_all_at_once_gives(tmp_path):
+    """In groups, whose first task the methods go on sharing."""
+    problem = driver.Problem(TRAIN, TEST, TRAIN_TASKS, TEST_TASKS)
+
+    def make_learner(strength, damping):
+        del damping
+        return make(strength)
+
+    def run_some(folder, seeds, *names):
+        config = Config(out=tmp_path / folder, seeds=seeds)
+        record = Record("blobs", config)
+        methods = {
+            name: driver.Method(make_learner, strength, first_task="first task")
+            for name, strength in (("si", 30.0), ("fine-tuning", 0.0))
+            if name in names
+        }
+        driver.run_methods(config, methods, lambda _: problem, record)
+        results = json.loads((config.out / "results.json").read_text())
+        return results["runs"], results["summary"]
+
+    run_some("added", 1, "fine-tuning")
+    added, summary = run_some("added", 3, "si", "fine-tuning")
+    together, summary_together = run_some("together", 3, "si", "fine-tuning")
+    for method, run in together.items():
+        for split in ("test", "train", "initial"):
+            assert added[method][split] == run[split]
+        assert [part["seeds"] for part in added[method]["parts"]] == [1, 2]
+    assert summary == summary_together
+    log = (tmp_path / "added" / "metrics.jsonl").read_text().splitlines()
+    logged = [(x["method"], x["seeds"], x["task"]) for x in map(json.loads, log)]
+    assert sorted(logged) == sorted(set(logged)), "nothing was run twice"
+    with pytest.raises(UserError, match="holds 3 seeds of si"):
+        run_some("added", 2, "si")
 
 
 def test_finish_merges_the_fisher_information_of_the_tasks_examples():
