@@ -290,8 +290,7 @@ def run(config: Config) -> None:
         todo[LARGE] = functools.partial(time_update, large=True)
     for name, timing in todo.items():
         if name not in record.runs:
-            found = timing(config)
-            record.add(name, found, summary=summarize(found))
+            record.add(name, timing(config), summarize)
     if is_first():
         summary = record.content["summary"]
         print(table(summary))

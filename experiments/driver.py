@@ -16,6 +16,7 @@ from si_jax.data import Examples
 from si_jax.tasks import Task, permute
 from si_jax.train import (
     Carry,
+    Epoch,
     Learner,
     correlations,
     epoch_key,
@@ -85,6 +86,105 @@ class Method(NamedTuple):
     first_task: str | None = None
 
 
+class Pieces(NamedTuple):
+    """A learner's pieces, compiled for many runs; what they share is on the devices.
+
+    The runs' seeds and hyperparameters are ``runs``, by ``to_devices``.
+
+    Attributes:
+      init: ``runs → carry``.
+      epoch: ``(carry, runs, stage, epoch) → (carry, Epoch)``; donates the carry.
+      finish: ``(carry, runs, stage, epoch) → carry``; likewise.
+      evaluate: ``(carry, runs, "test" or "train") → accuracy (runs, tasks)``.
+      correlate: ``carry → {parameter: (runs, tasks, tasks)}``, of ω.
+      to_devices: shares out arrays with a first axis over the runs.
+      to_host: gathers them.
+      stages: how many there are.
+    """
+
+    init: Callable[[Any], Carry]
+    epoch: Callable[[Carry, Any, int, int], tuple[Carry, Epoch]]
+    finish: Callable[[Carry, Any, int, int], Carry]
+    evaluate: Callable[[Carry, Any, str], np.ndarray]
+    correlate: Callable[[Carry], dict[str, np.ndarray]]
+    to_devices: Callable[[Any], Any]
+    to_host: Callable[[Any], Any]
+    stages: int
+
+
+def compile_pieces(
+    make_learner: Callable[..., Learner],
+    problem: Problem,
+    runs: int,
+    max_parallel: int | None = None,
+) -> Pieces:
+    """Compile the pieces of a run for ``runs`` of them at once.
+
+    Args:
+      make_learner: from (traced) hyperparameters to the pieces of a run.
+      problem: the tasks.
+      runs: how many.
+      max_parallel: how many of one device go side by side.
+    """
+    mesh = sweep.mesh(runs)
+    stages = problem.stages or problem.train_tasks
+    data = sweep.replicate(
+        {
+            "stages": (problem.train, stages),
+            "test": (problem.test, problem.test_tasks),
+            "train": (problem.train, problem.train_tasks),
+        },
+        mesh,
+    )
+
+    def of_all(piece, mapped=2, donate=False):
+        """``piece(learner, seed, …)`` of every run's carry and what all share."""
+
+        def of_one(*arguments):
+            *carry, (seed, hyperparameters) = arguments[:mapped]
+            learner = make_learner(**hyperparameters)
+            return piece(learner, seed, *carry, *arguments[mapped:])
+
+        return sweep.over_runs(
+            of_one, mesh, mapped=mapped, donate=donate, max_parallel=max_parallel
+        )
+
+    def seen(examples, seed):
+        if not problem.permutations:
+            return examples
+        key = permutations_key(jax.random.key(seed))
+        return permute(examples, key, problem.permutations)
+
+    def on_stage(learner, seed, carry, data, number, i, piece):
+        examples, stages = data
+        task = jax.tree.map(lambda x: x[number], stages)
+        key = epoch_key(jax.random.key(seed), number, i)
+        return getattr(learner, piece)(carry, seen(examples, seed), task, key)
+
+    def evaluated(learner, seed, carry, data):
+        examples, tasks = data
+        return learner.evaluate(carry, seen(examples, seed), tasks)
+
+    init = of_all(lambda learner, seed: learner.init(init_key(jax.random.key(seed))), 1)
+    epoch, finish = (
+        of_all(functools.partial(on_stage, piece=piece), donate=True)
+        for piece in ("epoch", "finish")
+    )
+    evaluate = of_all(evaluated)
+    correlate = sweep.over_runs(correlations, mesh, max_parallel=max_parallel)
+    to_host = functools.partial(sweep.gather, runs=runs)
+    return Pieces(
+        init=init,
+        epoch=lambda carry, own, *at: epoch(carry, own, data["stages"], *at),
+        finish=lambda carry, own, *at: finish(carry, own, data["stages"], *at),
+        evaluate=lambda carry, own, on: to_host(evaluate(carry, own, data[on])),
+        correlate=lambda carry: to_host(correlate(carry)),
+        to_devices=functools.partial(sweep.spread, mesh=mesh),
+        to_host=to_host,
+        stages=len(stages.size),
+    )
+
+
 def run_methods(
     config: Any,
     methods: Mapping[str, Method],
@@ -107,17 +207,25 @@ def run_methods(
         problem = make_problem(config)
     elif is_first():
         print(f"Finished before: the results are those in {record.folder}.")
+    compiled: dict[Any, Pieces] = {}  # methods that differ in strength share theirs
     for name, groups in todo.items():
         method = methods[name]
         for seeds in groups:
+            kind = (method.make_learner, method.learns, len(seeds))
+            if kind not in compiled:
+                compiled[kind] = compile_pieces(
+                    method.make_learner,
+                    method.learns(problem),
+                    len(seeds),
+                    config.max_parallel,
+                )
             result = run(
-                method.make_learner,
+                compiled[kind],
                 {
                     "strength": [method.strength] * len(seeds),
                     "damping": [config.damping] * len(seeds),
                 },
                 seeds,
-                method.learns(problem),
                 epochs=config.epochs,
                 method=name,
                 record=record,
@@ -129,10 +237,9 @@ def run_methods(
 
 
 def run(
-    make_learner: Callable[..., Learner],
+    pieces: Pieces,
     hyperparameters: Mapping[str, Sequence[float]],
     seeds: Sequence[int],
-    problem: Problem,
     *,
     epochs: int,
     method: str,
@@ -144,10 +251,9 @@ def run(
     """Train on every task in turn; go on from the last checkpoint if there is one.
 
     Args:
-      make_learner: from (traced) hyperparameters to the pieces of a run.
+      pieces: from :func:`compile_pieces`, for as many runs.
       hyperparameters: their values in each run.
       seeds: each run's seed.
-      problem: the tasks.
       epochs: passes over each task.
       method: the method's name.
       record: keeps metrics and checkpoints.
@@ -162,135 +268,34 @@ def run(
       included, and, where ω of the tasks is kept, its ``correlations`` ``{parameter:
       (runs, tasks, tasks)}``.
     """
-    group = f"{min(seeds)}-{max(seeds)}"
-    mesh = sweep.mesh(len(seeds))
-    missing = -len(seeds) % mesh.size  # made up by repeating the last run
-
-    def to_devices(tree):
-        def pad(x):
-            return np.concatenate([x, x[-1:].repeat(missing, axis=0)])
-
-        return sweep.spread(jax.tree.map(pad, tree), mesh)
-
-    def to_host(tree):
-        """Without what was made up, so that a checkpoint fits any number of devices."""
-        return jax.tree.map(lambda x: x[: len(seeds)], sweep.gather(tree))
-
-    def compiled(piece, mapped, donate=False):
-        def of_one_run(*arguments):
-            values = arguments[mapped - 1]
-            rest = arguments[: mapped - 1] + arguments[mapped:]
-            return piece(make_learner(**values), *rest)
-
-        return sweep.over_runs(
-            of_one_run,
-            mesh,
-            mapped=mapped,
-            donate=donate,
-            max_parallel=options.max_parallel,
-        )
-
-    def seen(examples, seed):
-        if not problem.permutations:
-            return examples
-        key = permutations_key(jax.random.key(seed))
-        return permute(examples, key, problem.permutations)
-
-    def in_epoch(piece):
-        def of_one_run(learner, carry, seed, examples, tasks, number, i):
-            task = jax.tree.map(lambda x: x[number], tasks)
-            key = epoch_key(jax.random.key(seed), number, i)
-            return getattr(learner, piece)(carry, seen(examples, seed), task, key)
-
-        return compiled(of_one_run, 3, donate=True)
-
-    def evaluated(learner, carry, seed, examples, tasks):
-        return learner.evaluate(carry, seen(examples, seed), tasks)
-
-    init = compiled(lambda learner, s: learner.init(init_key(jax.random.key(s))), 2)
-    epoch, finish = in_epoch("epoch"), in_epoch("finish")
-    evaluate = compiled(evaluated, 3)
-
-    own = to_devices(np.asarray(seeds, np.uint32))
-    values = to_devices(
-        {name: np.asarray(v, np.float32) for name, v in hyperparameters.items()}
-    )
-    examples, tasks, stages = sweep.replicate(
-        (
-            {"test": problem.test, "train": problem.train},
-            {"test": problem.test_tasks, "train": problem.train_tasks},
-            problem.stages or problem.train_tasks,
-        ),
-        mesh,
-    )
-    count = len(stages.size)
-    total = count * epochs
-
     start = time.perf_counter()
-    carry = init(own, values)
-    initial = to_host(evaluate(carry, own, values, examples["test"], tasks["test"]))
-    nothing = np.full((len(seeds), count, initial.shape[-1]), np.nan, np.float32)
-    none = np.zeros((), np.float32)
-    state = State(to_host(carry), nothing, nothing.copy(), initial, none)
-    first_task = first_task or method
-    position, state = (
-        record.checkpoints(f"{method} seeds {group}").restore(state)
-        or record.checkpoints(f"{first_task} seeds {group}").restore(state)
-        or (0, state)
+    values = {name: np.asarray(v, np.float32) for name, v in hyperparameters.items()}
+    job = _Job(
+        method,
+        first_task or method,
+        f"{min(seeds)}-{max(seeds)}",
+        pieces.to_devices((np.asarray(seeds, np.uint32), values)),
+        pieces.stages,
+        epochs,
+        from_scratch,
+        record,
     )
-    carry, *rest = state
-    state = State(to_devices(carry), *map(np.array, rest))  # writable
-    for name in (first_task, method):
-        record.rewind(name, group, position)
+    position, state = _begin(job, pieces)
     start -= float(state.seconds)
-
-    with tqdm(
-        total=total,
-        initial=position,
-        desc=method,
-        unit="epoch",
-        disable=None if jax.process_index() == 0 else True,
-    ) as bar:
-        while position < total:
-            number, i = divmod(position, epochs)
-            name = method if number else first_task
-            if from_scratch and i == 0:
-                state = state._replace(carry=init(own, values))
-            carry, report = epoch(
-                state.carry, own, values, examples["train"], stages, number, i
-            )
-            state, report = state._replace(carry=carry), to_host(report)
-            log = {"task": number, "epoch": i, **report._asdict()}
-            record.log(method=name, seeds=group, position=position, **log)
+    with _bar(job, position) as bar:
+        while position < job.stages * epochs:
+            state, report = _train(job, pieces, state, position)
+            name = job.name(position)
             position += 1
             ends = position % epochs == 0
             if ends:
-                carry = finish(
-                    state.carry, own, values, examples["train"], stages, number, epochs
-                )
-                state = state._replace(carry=carry)
-                for split, rows in (("test", state.test), ("train", state.train)):
-                    accuracy = evaluate(
-                        carry, own, values, examples[split], tasks[split]
-                    )
-                    rows[:, number] = to_host(accuracy)
+                state = _end_task(job, pieces, state, position // epochs - 1)
             if ends or position % options.checkpoint_every == 0:
                 seconds = np.asarray(time.perf_counter() - start, np.float32)
                 state = state._replace(seconds=seconds)
-                kept = state._replace(carry=to_host(state.carry))
-                record.checkpoints(f"{name} seeds {group}").save(position, kept)
-            bar.update()
-            bar.set_postfix_str(
-                f"task {number + 1}/{count}, accuracy {report.accuracy.mean():.3f}"
-                + ("" if from_scratch else _so_far(state.test, position // epochs))
-            )
-            if ends and bar.disable and is_first():
-                took = time.perf_counter() - start
-                so_far = "" if from_scratch else _so_far(state.test, number + 1)
-                print(
-                    f"{method}: task {number + 1}/{count}{so_far}, {took:.0f} s",
-                    flush=True,
-                )
+                kept = state._replace(carry=pieces.to_host(state.carry))
+                record.checkpoints(job.key(name)).save(position, kept)
+            _show(job, bar, state, report, position, time.perf_counter() - start)
     result = {
         "test": state.test,
         "train": state.train,
@@ -298,11 +303,92 @@ def run(
         "seconds": round(float(state.seconds), 1),
     }
     if state.carry.path_integrals is not None:
-        correlate = sweep.over_runs(
-            correlations, mesh, max_parallel=options.max_parallel
-        )
-        result["correlations"] = to_host(correlate(state.carry))
+        result["correlations"] = pieces.correlate(state.carry)
     return result
+
+
+class _Job(NamedTuple):
+    """A method's group of seeds, and where its progress is kept."""
+
+    method: str
+    first_task: str
+    seeds: str
+    runs: Any
+    stages: int
+    epochs: int
+    from_scratch: bool
+    record: Record
+
+    def name(self, position: int) -> str:
+        """What the epoch at a position is logged and kept under."""
+        return self.method if position >= self.epochs else self.first_task
+
+    def key(self, name: str) -> str:
+        """Of its checkpoints."""
+        return f"{name} seeds {self.seeds}"
+
+
+def _begin(job: _Job, pieces: Pieces) -> tuple[int, State]:
+    """The last checkpoint's position and state, or the untrained networks'."""
+    carry = pieces.init(job.runs)
+    initial = pieces.evaluate(carry, job.runs, "test")
+    nothing = np.full((len(initial), job.stages, initial.shape[-1]), np.nan, np.float32)
+    none = np.zeros((), np.float32)
+    state = State(pieces.to_host(carry), nothing, nothing.copy(), initial, none)
+    position, state = (
+        job.record.checkpoints(job.key(job.method)).restore(state)
+        or job.record.checkpoints(job.key(job.first_task)).restore(state)
+        or (0, state)
+    )
+    for name in (job.first_task, job.method):
+        job.record.rewind(name, job.seeds, position)
+    carry, *rest = state
+    return position, State(pieces.to_devices(carry), *map(np.array, rest))  # writable
+
+
+def _train(
+    job: _Job, pieces: Pieces, state: State, position: int
+) -> tuple[State, Epoch]:
+    """The epoch at ``position``, logged."""
+    number, i = divmod(position, job.epochs)
+    start = pieces.init(job.runs) if job.from_scratch and i == 0 else state.carry
+    carry, report = pieces.epoch(start, job.runs, number, i)
+    report = pieces.to_host(report)
+    log = {"task": number, "epoch": i, **report._asdict()}
+    job.record.log(method=job.name(position), seeds=job.seeds, position=position, **log)
+    return state._replace(carry=carry), report
+
+
+def _end_task(job: _Job, pieces: Pieces, state: State, number: int) -> State:
+    """Consolidate, and evaluate on all tasks."""
+    carry = pieces.finish(state.carry, job.runs, number, job.epochs)
+    for split, rows in (("test", state.test), ("train", state.train)):
+        rows[:, number] = pieces.evaluate(carry, job.runs, split)
+    return state._replace(carry=carry)
+
+
+def _bar(job: _Job, position: int) -> tqdm:
+    return tqdm(
+        total=job.stages * job.epochs,
+        initial=position,
+        desc=job.method,
+        unit="epoch",
+        disable=None if is_first() else True,
+    )
+
+
+def _show(
+    job: _Job, bar: tqdm, state: State, report: Epoch, position: int, seconds: float
+) -> None:
+    """Accuracies in the bar; without one, a line at every task's end."""
+    number = (position - 1) // job.epochs
+    finished = position // job.epochs
+    task = f"task {number + 1}/{job.stages}"
+    so_far = "" if job.from_scratch else _so_far(state.test, finished)
+    bar.update()
+    bar.set_postfix_str(f"{task}, accuracy {report.accuracy.mean():.3f}{so_far}")
+    if finished == number + 1 and bar.disable and is_first():
+        print(f"{job.method}: {task}{so_far}, {seconds:.0f} s", flush=True)
 
 
 def _so_far(test: np.ndarray, finished: int) -> str:

@@ -5,7 +5,7 @@ Ten tasks, the digits seen through ten permutations of their pixels, for one rea
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal
 
 import jax
@@ -28,7 +28,14 @@ from experiments.record import (
 from experiments.split_mnist import NAMES, check_strengths
 from si_jax import data, ewc, figures, metrics, tasks
 from si_jax.models import MLP
-from si_jax.train import Learner, learner
+from si_jax.train import (
+    Boundary,
+    Learner,
+    consolidate,
+    consolidate_fisher,
+    learner,
+    remembering,
+)
 
 Name = Literal["si", "fine-tuning", "ewc", "sgd", "sgd+dropout", "joint", "single"]
 TRAIN_EVALUATED = 10_000  # of each task's training examples, to evaluate on
@@ -109,24 +116,23 @@ def make_learner(
     config: Config,
     tx: Callable[[jax.Array, jax.Array], optax.GradientTransformation],
     *,
+    boundary: Sequence[Boundary] = (),
+    remember: bool = False,
     dropout: float = 0.0,
-    fisher_examples: int = 0,
-    remember: int = 0,
 ) -> Callable[..., Learner]:
     """The pieces of a run as a function of the hyperparameters that may be swept."""
     model = MLP(config.hidden, 10, dropout=dropout)
 
     def make(strength: jax.Array, damping: jax.Array) -> Learner:
-        return learner(
+        made = learner(
             model,
             tx(strength, damping),
             (28, 28, 1),
             batch_size=config.batch_size,
-            reset_optimizer=False,
+            boundary=boundary,
             dropout=dropout > 0,
-            fisher_examples=fisher_examples,
-            remember=remember,
         )
+        return remembering(made, config.tasks) if remember else made
 
     return make
 
@@ -158,16 +164,17 @@ def methods(config: Config) -> dict[str, Method]:
         return optax.chain(ewc.elastic_weight_consolidation(strength), adam)
 
     make = functools.partial(make_learner, config)
+    of_si = make(synaptic, boundary=[consolidate], remember=True)  # ω for Fig. 5
+    fisher = consolidate_fisher(MLP(config.hidden, 10), config.fisher_examples)
     found: dict[str, Method] = {}
     for method in config.methods:
         match method:
             case "si":
-                of_si = make(synaptic, remember=config.tasks)
                 arms = {f"si c={c:g}": Method(of_si, c) for c in config.strengths}
-            case "fine-tuning":  # watched, for Fig. 5
-                arms = {method: Method(make(synaptic, remember=config.tasks))}
+            case "fine-tuning":
+                arms = {method: Method(of_si)}
             case "ewc":
-                of_ewc = make(elastic, fisher_examples=config.fisher_examples)
+                of_ewc = make(elastic, boundary=[fisher])
                 arms = {f"ewc c={c:g}": Method(of_ewc, c) for c in config.ewc_strengths}
             case "sgd":
                 arms = {method: Method(make(lambda *_: sgd))}

@@ -221,7 +221,7 @@ def run(config: Config) -> None:
     for name, part in PARTS.items():
         if name not in record.runs:
             with jax.enable_x64(name != "noisy"):
-                record.add(name, part(config), summary={})
+                record.add(name, part(config), lambda _: {})
     if is_first():
         report(config, record)
 

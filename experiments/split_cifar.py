@@ -26,7 +26,7 @@ from experiments.record import (
 from experiments.split_mnist import check_strengths
 from si_jax import data, figures, tasks
 from si_jax.models import CNN
-from si_jax.train import Learner, learner
+from si_jax.train import Learner, consolidate, learner, reset
 
 Name = Literal["si", "fine-tuning", "from scratch"]
 TRAIN_EVALUATED = 2000  # of each task's training examples, to evaluate on
@@ -123,13 +123,13 @@ def make_learner(config: Config) -> Callable[..., Learner]:
     adam = optax.adam(config.learning_rate)
 
     def make(strength: jax.Array, damping: jax.Array) -> Learner:
+        tx = si_jax.with_synaptic_intelligence(adam, strength, damping)
         return learner(
             model,
-            si_jax.with_synaptic_intelligence(adam, strength, damping),
+            tx,
             (32, 32, 3),
             batch_size=config.batch_size,
-            reset_optimizer=True,
-            keep_count=config.keep_count,
+            boundary=[consolidate, reset(tx, keep_count=config.keep_count)],
             dropout=True,
             micro_batch=config.micro_batch,
         )

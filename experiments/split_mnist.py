@@ -15,7 +15,7 @@ from experiments.driver import Method
 from experiments.record import Record, is_first, over_seeds, table
 from si_jax import data, figures, tasks
 from si_jax.models import MLP
-from si_jax.train import Learner, learner
+from si_jax.train import Learner, consolidate, learner, reset
 
 GROUPS = [(0, 1), (2, 3), (4, 5), (6, 7), (8, 9)]
 TITLES = [f"{a} or {b}" for a, b in GROUPS]
@@ -102,12 +102,14 @@ def make_learner(
     model = MLP(config.hidden, 10, config.zero_init_output)
 
     def make(strength: jax.Array, damping: jax.Array) -> Learner:
+        tx = si_jax.with_synaptic_intelligence(inner, strength, damping)
+        fresh = [reset(tx)] if config.reset_optimizer else []
         return learner(
             model,
-            si_jax.with_synaptic_intelligence(inner, strength, damping),
+            tx,
             (28, 28, 1),
             batch_size=config.batch_size,
-            reset_optimizer=config.reset_optimizer,
+            boundary=[consolidate, *fresh],
         )
 
     return make

@@ -57,11 +57,13 @@ def run(config: Config) -> None:
     make_learner = split_mnist.make_learner(config, optax.adam(config.learning_rate))
 
     def train(method, seeds, strengths, dampings, problem):
+        pieces = driver.compile_pieces(
+            make_learner, problem, len(seeds), config.max_parallel
+        )
         return driver.run(
-            make_learner,
+            pieces,
             {"strength": strengths, "damping": dampings},
             seeds,
-            problem,
             epochs=config.epochs,
             method=method,
             record=record,

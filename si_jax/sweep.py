@@ -5,7 +5,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -56,9 +55,11 @@ def sweep(
         return train(jax.random.key(seed), *rest, **hyperparameters)
 
     all_runs = over_runs(run, devices, mapped=2, max_parallel=max_parallel)
-    seed = np.asarray(columns[0], np.uint32)
-    results = all_runs(seed, values, *replicate(shared, devices))
-    return jax.tree.map(lambda x: x.reshape(*shape, *x.shape[1:]), results)
+    own = spread((np.asarray(columns[0], np.uint32), values), devices)
+    results = all_runs(*own, *replicate(shared, devices))
+    return jax.tree.map(
+        lambda x: x[: len(points)].reshape(*shape, *x.shape[1:]), results
+    )
 
 
 def mesh(runs: int) -> Mesh:
@@ -77,22 +78,34 @@ def replicate(tree: Any, mesh: Mesh) -> Any:
 
 
 def spread(tree: Any, mesh: Mesh) -> Any:
-    """Share out the leading axis of every array of ``tree`` over the devices."""
-    return _place(tree, NamedSharding(mesh, PartitionSpec("runs")))
+    """Share out the leading axis of every array, the runs, over the devices.
+
+    A number of runs that the devices do not divide is made up by repeating the last.
+    """
+
+    def pad(x):
+        x = np.asarray(x)
+        return np.concatenate([x, x[-1:].repeat(-len(x) % mesh.size, axis=0)])
+
+    return _place(jax.tree.map(pad, tree), NamedSharding(mesh, PartitionSpec("runs")))
 
 
-def gather(tree: Any) -> Any:
-    """NumPy arrays of what lies on the devices, those of other processes too.
+def gather(tree: Any, runs: int) -> Any:
+    """NumPy arrays of what :func:`spread` shared out, those of other processes too.
+
+    Without what was made up: ``runs`` of each.
 
     Raises:
       ConnectionError: if another process is gone.
     """
     if jax.process_count() == 1:
-        return jax.device_get(tree)
-    try:
-        return multihost_utils.process_allgather(tree, tiled=True)
-    except (ValueError, jax.errors.JaxRuntimeError) as error:
-        raise ConnectionError(str(error).splitlines()[0]) from error
+        found = jax.device_get(tree)
+    else:
+        try:
+            found = multihost_utils.process_allgather(tree, tiled=True)
+        except (ValueError, jax.errors.JaxRuntimeError) as error:
+            raise ConnectionError(str(error).splitlines()[0]) from error
+    return jax.tree.map(lambda x: x[:runs], found)
 
 
 def _place(tree: Any, sharding: NamedSharding) -> Any:
@@ -113,8 +126,8 @@ def over_runs(
 ) -> Callable[..., Any]:
     """Compile ``function`` for many runs at once.
 
-    The runs are shared out over the devices of ``mesh``. A number of runs that the
-    devices do not divide is padded, and the padding dropped.
+    The runs are shared out over the devices of ``mesh``, which must divide their number
+    (:func:`spread` sees to it).
 
     Args:
       function: takes ``mapped`` arguments of its run, then arguments that all runs
@@ -133,11 +146,12 @@ def over_runs(
     Example:
       >>> import jax.numpy as jnp
       >>> from si_jax import sweep
-      >>> scale = sweep.over_runs(lambda x, factor: x * factor, sweep.mesh(3))
-      >>> print(scale(jnp.array([1.0, 2.0, 3.0]), jnp.float32(10)))
+      >>> mesh = sweep.mesh(3)
+      >>> scale = sweep.over_runs(lambda x, factor: x * factor, mesh)
+      >>> own = sweep.spread(jnp.array([1.0, 2.0, 3.0]), mesh)
+      >>> print(sweep.gather(scale(own, jnp.float32(10)), runs=3))
       [10. 20. 30.]
     """
-    devices = mesh.devices.size
     on_cpu = mesh.devices.flat[0].platform == "cpu"
     parallel = max_parallel or (1 if on_cpu else 64)
     runs, shared = PartitionSpec("runs"), PartitionSpec()
@@ -153,15 +167,6 @@ def over_runs(
     )
 
     def all_runs(*arguments):
-        own, rest = arguments[:mapped], arguments[mapped:]
-        count = len(jax.tree.leaves(own)[0])
-        missing = -count % devices
-
-        def pad(x):
-            return jnp.concatenate([x, jnp.repeat(x[-1:], missing, axis=0)])
-
-        padded = jax.tree.map(pad, own) if missing else own
-        results = on_each_device(padded, rest)
-        return jax.tree.map(lambda x: x[:count], results) if missing else results
+        return on_each_device(arguments[:mapped], arguments[mapped:])
 
     return jax.jit(all_runs, donate_argnums=0 if donate else ())

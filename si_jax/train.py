@@ -5,7 +5,7 @@
 give the same.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -40,8 +40,8 @@ class Carry(NamedTuple):
       params: the network's parameters.
       opt_state: the optimizer's state, with Synaptic Intelligence's inside if it has
         one.
-      path_integrals: ω of the finished tasks, the newest last, where it is kept: a tree
-        like the parameters with a first axis over the tasks.
+      path_integrals: ω of the finished tasks, the newest last, where it is kept
+        (:func:`remembering`): a tree like the parameters with a first axis over tasks.
     """
 
     params: optax.Params
@@ -75,6 +75,10 @@ class Epoch(NamedTuple):
     importance: jax.Array | None = None
 
 
+Boundary = Callable[[Carry, AnyExamples, Task, jax.Array], Carry]
+"""What happens between two tasks: ``(carry, examples, task, key) → carry``."""
+
+
 class Learner(NamedTuple):
     """The pieces of a run.
 
@@ -82,14 +86,13 @@ class Learner(NamedTuple):
       init: ``key → carry``.
       epoch: ``(carry, examples, task, key) → (carry, Epoch)``, one pass in random
         order.
-      finish: ``(carry, examples, task, key) → carry`` at a task's end: consolidation,
-        the optimizer's reset.
+      finish: ``(carry, examples, task, key) → carry`` at a task's end: the boundary.
       evaluate: ``(carry, examples, tasks) → accuracy (tasks,)``.
     """
 
     init: Callable[[jax.Array], Carry]
     epoch: Callable[[Carry, AnyExamples, Task, jax.Array], tuple[Carry, Epoch]]
-    finish: Callable[[Carry, AnyExamples, Task, jax.Array], Carry]
+    finish: Boundary
     evaluate: Callable[[Carry, AnyExamples, Task], jax.Array]
 
 
@@ -115,12 +118,9 @@ def learner(
     image_shape: tuple[int, ...],
     *,
     batch_size: int,
-    reset_optimizer: bool,
-    keep_count: bool = False,
+    boundary: Sequence[Boundary] = (),
     dropout: bool = False,
     micro_batch: int = 0,
-    fisher_examples: int = 0,
-    remember: int = 0,
 ) -> Learner:
     """Bind a network and an optimizer to the pieces of a run.
 
@@ -130,53 +130,194 @@ def learner(
         without. Its hyperparameters may be traced.
       image_shape: height, width, channels.
       batch_size: examples a step; an epoch's last batch may be smaller.
-      reset_optimizer: start every task with a fresh optimizer.
-      keep_count: with ``reset_optimizer``, keep its step count, of which ``tx`` must
-        have one, as the authors' code does. Adam's bias correction then takes the
-        zeroed moments for old ones: after a long task, step t of the next is
-        (1 − β₁ᵗ)/√(1 − β₂ᵗ) times as large as a fresh optimizer's, up to 6.6 times.
+      boundary: what to do at a task's end, one after the other, with one key:
+        :func:`consolidate`, :func:`consolidate_fisher`, :func:`reset`, or one's own.
       dropout: whether the network takes a key in training, ``rngs={"dropout": key}``.
       micro_batch: add up the gradient of a batch over parts of this size, which must
         divide it: the same gradient (but for the units that are dropped) in less
         memory, and on a CPU several times faster for convolutions, whose data then
         stays in the cache; evaluates in parts of it, too. 0 takes the batch as a whole.
-      fisher_examples: of how many of a finished task's examples to compute the Fisher
-        information; 0 if ``tx`` contains no :mod:`si_jax.ewc`.
-      remember: of how many tasks to keep ω; more than 0 needs Synaptic Intelligence in
-        ``tx``.
 
     Returns:
       A :class:`Learner`. For an example see :func:`train`.
 
     Raises:
-      ValueError: if ``micro_batch`` does not divide ``batch_size``, or ``keep_count``
-        is without ``reset_optimizer``.
+      ValueError: if ``micro_batch`` does not divide ``batch_size``.
     """
-    if keep_count and not reset_optimizer:
-        raise ValueError("keep_count needs reset_optimizer=True.")
     if micro_batch and batch_size % micro_batch:
         raise ValueError(
             f"micro_batch must divide the batch size {batch_size}, got {micro_batch}."
         )
 
-    def logits(
-        params: optax.Params, images: jax.Array, classes: jax.Array, **rngs: Any
-    ) -> jax.Array:
-        return mask_logits(model.apply(params, images, **rngs), classes)
-
-    def gather(
-        examples: AnyExamples, task: Task, order: jax.Array, i: jax.Array, size: int
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Batch i: images, labels, and 1 or 0 for what is there or beyond the end."""
-        positions = i * size + jnp.arange(size, dtype=jnp.int32)
-        rows = order.at[positions].get(mode="clip")
-        there = (positions < task.size).astype(jnp.float32)
-        return *look_up(examples, rows), there
-
     def init(key: jax.Array) -> Carry:
         params = model.init(key, jnp.zeros((1, *image_shape)))
-        history = jax.tree.map(lambda p: jnp.zeros((remember, *p.shape)), params)
-        return Carry(params, tx.init(params), history if remember else None)
+        return Carry(params, tx.init(params))
+
+    def finish(
+        carry: Carry, examples: AnyExamples, task: Task, key: jax.Array
+    ) -> Carry:
+        for step in boundary:
+            carry = step(carry, examples, task, key)
+        return carry
+
+    return Learner(
+        init,
+        _epoch_of(model, tx, batch_size, dropout, micro_batch),
+        finish,
+        _evaluate_of(model, micro_batch or 1000),
+    )
+
+
+# --- Between two tasks ----------------------------------------------------------------
+
+
+def consolidate(
+    carry: Carry, examples: AnyExamples, task: Task, key: jax.Array
+) -> Carry:
+    """A :data:`Boundary`: :func:`si_jax.consolidate`, eq. 5."""
+    del examples, task, key
+    opt_state = si_jax.consolidate(carry.opt_state, carry.params)
+    return carry._replace(opt_state=opt_state)
+
+
+def consolidate_fisher(model: Model, count: int) -> Boundary:
+    """EWC: consolidate the Fisher information of ``count`` of the task's examples.
+
+    Args:
+      model: the network that is trained.
+      count: if the task has fewer examples, they are taken again.
+
+    Returns:
+      A :data:`Boundary` for an optimizer with
+      :func:`si_jax.ewc.elastic_weight_consolidation`.
+    """
+
+    def boundary(
+        carry: Carry, examples: AnyExamples, task: Task, key: jax.Array
+    ) -> Carry:
+        order_key, label_key = jax.random.split(key)
+        order = shuffle(task, order_key)
+        images, _ = look_up(examples, order[jnp.arange(count) % task.size])
+
+        def logits(params, image):
+            return mask_logits(model.apply(params, image[None]), task.classes)[0]
+
+        params, opt_state, _ = carry
+        fisher = ewc.fisher(logits, params, images, label_key)
+        return carry._replace(opt_state=ewc.consolidate(opt_state, params, fisher))
+
+    return boundary
+
+
+def reset(tx: optax.GradientTransformation, *, keep_count: bool = False) -> Boundary:
+    """Start every task with a fresh optimizer; what SI and EWC remember is kept.
+
+    Args:
+      tx: the optimizer.
+      keep_count: keep its step count, of which it must have one, as the authors' code
+        does. Adam's bias correction then takes the zeroed moments for old ones: after a
+        long task, step t of the next is (1 − β₁ᵗ)/√(1 − β₂ᵗ) times as large as a fresh
+        optimizer's, up to 6.6 times.
+
+    Returns:
+      A :data:`Boundary`.
+    """
+
+    def boundary(
+        carry: Carry, examples: AnyExamples, task: Task, key: jax.Array
+    ) -> Carry:
+        del examples, task, key
+        params, opt_state, _ = carry
+        if state.find_memories(opt_state):
+            fresh = si_jax.reset_optimizer(tx, opt_state, params)
+        else:
+            fresh = tx.init(params)
+        if keep_count:
+            fresh = optax.tree.set(fresh, count=optax.tree.get(opt_state, "count"))
+        return carry._replace(opt_state=fresh)
+
+    return boundary
+
+
+def remembering(learner: Learner, tasks: int) -> Learner:
+    """``learner``, which also keeps ω of its last ``tasks`` tasks, for Fig. 5.
+
+    Args:
+      learner: with Synaptic Intelligence.
+      tasks: at least 1.
+
+    Returns:
+      A :class:`Learner` whose :class:`Carry` has ``path_integrals``, 0 at first.
+    """
+
+    def init(key: jax.Array) -> Carry:
+        carry = learner.init(key)
+        none = jax.tree.map(lambda p: jnp.zeros((tasks, *p.shape)), carry.params)
+        return carry._replace(path_integrals=none)
+
+    def finish(
+        carry: Carry, examples: AnyExamples, task: Task, key: jax.Array
+    ) -> Carry:
+        kept = jax.tree.map(
+            lambda old, new: jnp.concatenate([old[1:], new[None]]),
+            carry.path_integrals,
+            si_jax.synapses(carry.opt_state).path_integral,
+        )
+        carry = carry._replace(path_integrals=kept)
+        return learner.finish(carry, examples, task, key)
+
+    return learner._replace(init=init, finish=finish)
+
+
+# --- Within a task --------------------------------------------------------------------
+
+
+def _gather(
+    examples: AnyExamples, task: Task, order: jax.Array, i: jax.Array, size: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Batch i: images, labels, and 1 or 0 for what is there or beyond the end."""
+    positions = i * size + jnp.arange(size, dtype=jnp.int32)
+    rows = order.at[positions].get(mode="clip")
+    there = (positions < task.size).astype(jnp.float32)
+    return *look_up(examples, rows), there
+
+
+def _loss_of(model: Model) -> Callable[..., tuple[jax.Array, tuple[Any, Any]]]:
+    """A batch's summed loss over ``count``; besides, the sums of losses and hits."""
+
+    def loss(params, count, classes, images, labels, there, **rngs):
+        out = mask_logits(model.apply(params, images, **rngs), classes)
+        losses = optax.softmax_cross_entropy_with_integer_labels(out, labels)
+        correct = (out.argmax(-1) == labels).astype(jnp.float32)
+        # The padding's label may be masked, its loss infinite: no product will do.
+        total = jnp.sum(jnp.where(there > 0, losses, 0))
+        return total / count, (total, jnp.sum(correct * there))
+
+    return loss
+
+
+def _epoch_of(
+    model: Model,
+    tx: optax.GradientTransformation,
+    batch_size: int,
+    dropout: bool,
+    micro_batch: int,
+) -> Callable[..., tuple[Carry, Epoch]]:
+    """The pass over a task: see :class:`Learner`."""
+    loss = _loss_of(model)
+
+    def gradient(params, classes, batch, key):
+        """Of the batch's mean loss; the sums of its losses and hits."""
+        count = batch[-1].sum()
+
+        def part(examples, key):
+            rngs = {"rngs": {"dropout": key}} if dropout else {}
+            grad = jax.grad(loss, has_aux=True)
+            return grad(params, count, classes, *examples, **rngs)
+
+        if not micro_batch:
+            return part(batch, key)
+        return sum_over_parts(part, batch, key, micro_batch)
 
     def epoch(
         carry: Carry, examples: AnyExamples, task: Task, key: jax.Array
@@ -184,100 +325,63 @@ def learner(
         order_key, dropout_key = jax.random.split(key) if dropout else (key, key)
         order = shuffle(task, order_key)
 
-        def sums(params, count, images, labels, there, **rngs):
-            out = logits(params, images, task.classes, **rngs)
-            losses = optax.softmax_cross_entropy_with_integer_labels(out, labels)
-            correct = (out.argmax(-1) == labels).astype(jnp.float32)
-            # The padding's label may be masked, its loss infinite: no product will do.
-            total = jnp.sum(jnp.where(there > 0, losses, 0))
-            return total / count, (total, jnp.sum(correct * there))
-
-        def gradient(params, batch, key):
-            """Of the batch's mean loss; the sums of its losses and hits."""
-            count = batch[-1].sum()
-
-            def part(examples, key):
-                rngs = {"rngs": {"dropout": key}} if dropout else {}
-                return jax.grad(sums, has_aux=True)(params, count, *examples, **rngs)
-
-            if not micro_batch:
-                return part(batch, key)
-            return sum_over_parts(part, batch, key, micro_batch)
-
         def step(i, running):
             (params, opt_state), seen = running
-            batch = gather(examples, task, order, i, batch_size)
+            batch = _gather(examples, task, order, i, batch_size)
             key = jax.random.fold_in(dropout_key, i)
-            grads, new = gradient(params, batch, key)
+            grads, new = gradient(params, task.classes, batch, key)
             updates, opt_state = tx.update(grads, opt_state, params)
             params = optax.apply_updates(params, updates)
             return (params, opt_state), jax.tree.map(jnp.add, seen, new)
 
-        few = min(500, task.rows.shape[-1])
-        at_once = min(micro_batch or few, few)
-        few -= few % at_once
-        spread = task.rows[jnp.arange(few, dtype=jnp.int32) * task.size // few]
-        sample = gather(examples, task, spread, jnp.int32(0), few)
-
-        def mean_loss(params):
-            def part(examples, _):
-                return sums(params, sample[-1].sum(), *examples)[0]
-
-            return sum_over_parts(part, sample, key, at_once)
-
         steps = (task.size + batch_size - 1) // batch_size
-        start, zero = carry, jnp.zeros(())
-        (params, opt_state), (loss, correct) = jax.lax.fori_loop(
-            0, steps, step, ((start.params, start.opt_state), (zero, zero))
+        zero = jnp.zeros(())
+        (params, opt_state), (total, correct) = jax.lax.fori_loop(
+            0, steps, step, ((carry.params, carry.opt_state), (zero, zero))
         )
-        carry = carry._replace(params=params, opt_state=opt_state)
+        end = carry._replace(params=params, opt_state=opt_state)
         size = task.size.astype(jnp.float32)
+        mean_loss = _sample_loss_of(model, examples, task, micro_batch)
         report = Epoch(
-            loss=loss / size,
+            loss=total / size,
             accuracy=correct / size,
-            loss_drop=mean_loss(start.params) - mean_loss(carry.params),
+            loss_drop=mean_loss(carry.params) - mean_loss(end.params),
         )
-        return carry, _with_synapses(report, start, carry)
+        return end, _with_synapses(report, carry, end)
 
-    def finish(
-        carry: Carry, examples: AnyExamples, task: Task, key: jax.Array
-    ) -> Carry:
-        params, opt_state, history = carry
-        if remember:
-            omega = si_jax.synapses(opt_state).path_integral
-            history = jax.tree.map(
-                lambda old, new: jnp.concatenate([old[1:], new[None]]), history, omega
-            )
-        if fisher_examples:
-            order_key, label_key = jax.random.split(key)
-            order = shuffle(task, order_key)
-            rows = order[jnp.arange(fisher_examples) % task.size]
-            images, _ = look_up(examples, rows)
+    return epoch
 
-            def of_one(params, image):
-                return logits(params, image[None], task.classes)[0]
 
-            importance = ewc.fisher(of_one, params, images, label_key)
-            opt_state = ewc.consolidate(opt_state, params, importance)
-        if transform.find_synaptic(opt_state):
-            opt_state = si_jax.consolidate(opt_state, params)
-        if reset_optimizer and state.find_memories(opt_state):
-            opt_state = si_jax.reset_optimizer(tx, opt_state, params)
-        elif reset_optimizer:
-            opt_state = tx.init(params)
-        if keep_count:
-            count = optax.tree.get(carry.opt_state, "count")
-            opt_state = optax.tree.set(opt_state, count=count)
-        return Carry(params, opt_state, history)
+def _sample_loss_of(
+    model: Model, examples: AnyExamples, task: Task, micro_batch: int
+) -> Callable[[optax.Params], jax.Array]:
+    """The mean loss of some 500 examples spread over the task."""
+    loss = _loss_of(model)
+    few = min(500, task.rows.shape[-1])
+    at_once = min(micro_batch or few, few)
+    few -= few % at_once
+    spread = task.rows[jnp.arange(few, dtype=jnp.int32) * task.size // few]
+    sample = _gather(examples, task, spread, jnp.int32(0), few)
+
+    def mean_loss(params):
+        def part(examples, _):
+            return loss(params, sample[-1].sum(), task.classes, *examples)[0]
+
+        return sum_over_parts(part, sample, jax.random.key(0), at_once)
+
+    return mean_loss
+
+
+def _evaluate_of(model: Model, at_once: int) -> Callable[..., jax.Array]:
+    """The accuracies: see :class:`Learner`; ``at_once`` bounds the memory."""
 
     def evaluate(carry: Carry, examples: AnyExamples, tasks: Task) -> jax.Array:
-        # Bounds memory; the accuracy does not depend on it.
-        size = min(micro_batch or 1000, tasks.rows.shape[-1])
+        size = min(at_once, tasks.rows.shape[-1])
 
         def accuracy(task):
             def count(i, correct):
-                images, labels, there = gather(examples, task, task.rows, i, size)
-                out = logits(carry.params, images, task.classes)
+                images, labels, there = _gather(examples, task, task.rows, i, size)
+                out = mask_logits(model.apply(carry.params, images), task.classes)
                 hits = (out.argmax(-1) == labels).astype(jnp.float32)
                 return correct + jnp.sum(hits * there)
 
@@ -287,7 +391,7 @@ def learner(
 
         return jax.lax.map(accuracy, tasks)
 
-    return Learner(init, epoch, finish, evaluate)
+    return evaluate
 
 
 def sum_over_parts(
@@ -412,18 +516,19 @@ def train(
     Example:
       >>> import jax, numpy as np, optax, si_jax
       >>> from si_jax import data, models, tasks
-      >>> from si_jax.train import learner, train
+      >>> from si_jax.train import consolidate, learner, reset, train
       >>> labels = np.arange(80, dtype=np.int32) % 4
       >>> images = np.zeros((80, 4), np.uint8)
       >>> images[np.arange(80), labels] = 255  # each class lights a pixel of its own
       >>> examples = data.Examples(images.reshape(80, 2, 2, 1), labels)
       >>> pairs = tasks.split_classes(labels, [(0, 1), (2, 3)], outputs=4)
+      >>> tx = si_jax.with_synaptic_intelligence(optax.sgd(0.1))
       >>> pieces = learner(
       ...     models.MLP((16,), 4),
-      ...     si_jax.with_synaptic_intelligence(optax.sgd(0.1)),
+      ...     tx,
       ...     (2, 2, 1),
       ...     batch_size=8,
-      ...     reset_optimizer=True,
+      ...     boundary=[consolidate, reset(tx)],
       ... )
       >>> result = train(
       ...     pieces, jax.random.key(0), examples, examples, pairs, pairs, epochs=10

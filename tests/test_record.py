@@ -131,7 +131,7 @@ def test_one_seed_has_no_spread():
     assert "±" not in table(one, "test", ["a", "b"])
     assert over_seeds(one) == "one seed"
     found = summarize(one["si"])["test"]["average_accuracy"]
-    assert found == {"mean": 0.75, "sem": None, "std": None, "n": 1}
+    assert found == {"mean": 0.875, "sem": None, "std": None, "n": 1}
     mixed = one | {"sgd": RUN}
     assert over_seeds(mixed) == "mean ± SEM, n = 1 to 2"
     assert table(mixed, "test", ["a", "b"]).splitlines()[-1].split() == ["n", "1", "2"]

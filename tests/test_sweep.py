@@ -6,9 +6,9 @@ import pytest
 from si_jax import sweep
 
 
-def walk(carry, key, length):
+def walk(carry, i, keys, length):
     """Something random with a loop in it, like a run."""
-    noise = jax.random.normal(key, carry["x"].shape)
+    noise = jax.random.normal(keys[i], carry["x"].shape)
     return {"x": jax.lax.fori_loop(0, length, lambda _, x: x * 0.9 + noise, carry["x"])}
 
 
@@ -19,9 +19,11 @@ def test_runs_side_by_side_equal_runs_one_by_one(runs):
     mesh = sweep.mesh(runs)
     assert mesh.devices.size == min(runs, len(jax.local_devices()))
     length = sweep.replicate(jnp.int32(7), mesh)
-    together = sweep.over_runs(walk, mesh, mapped=2)(carry, keys, length)
+    all_runs = sweep.over_runs(walk, mesh, mapped=2)
+    own = sweep.spread((carry, np.arange(runs)), mesh)
+    together = sweep.gather(all_runs(*own, keys, length), runs)
     for i in range(runs):
-        alone = jax.jit(walk)({"x": carry["x"][i]}, keys[i], 7)
+        alone = jax.jit(walk)({"x": carry["x"][i]}, i, keys, 7)
         np.testing.assert_array_equal(together["x"][i], alone["x"])
 
 

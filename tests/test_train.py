@@ -19,11 +19,15 @@ from si_jax import ewc, metrics, sweep, tasks
 from si_jax.data import Examples
 from si_jax.models import MLP, mask_logits
 from si_jax.train import (
+    consolidate,
+    consolidate_fisher,
     correlations,
     epoch_key,
     init_key,
     learner,
     permutations_key,
+    remembering,
+    reset,
     train,
 )
 
@@ -47,10 +51,11 @@ TRAIN_TASKS, TEST_TASKS = (
 )
 
 
-def make(strength=0.3, *, inner=None, batch_size=16, reset=True, **more):
+def make(strength=0.3, *, inner=None, batch_size=16, fresh=True, **more):
     inner = inner or lenient(optax.adam(0.01))
     tx = si_jax.with_synaptic_intelligence(inner, strength, 0.01)
-    more |= {"batch_size": batch_size, "reset_optimizer": reset}
+    boundary = [consolidate, reset(tx)] if fresh else [consolidate]
+    more = {"batch_size": batch_size, "boundary": boundary} | more
     return learner(MODEL, tx, (3, 3, 1), **more)
 
 
@@ -169,16 +174,16 @@ def test_consolidation_holds_what_fine_tuning_forgets():
     assert forgotten < 0.9
 
 
-@pytest.mark.parametrize("reset", [True, False])
-def test_finish_resets_the_optimizer_or_keeps_it(reset):
-    pieces = make(reset=reset)
+@pytest.mark.parametrize("fresh", [True, False])
+def test_finish_resets_the_optimizer_or_keeps_it(fresh):
+    pieces = make(fresh=fresh)
     carry = pieces.init(jax.random.key(0))
     task = jax.tree.map(lambda x: x[0], TRAIN_TASKS)
     carry, _ = pieces.epoch(carry, on_device(TRAIN), task, jax.random.key(1))
     steps = -(-int(task.size) // 16)
     assert optax.tree.get(carry.opt_state, "count") == steps
     finished = pieces.finish(carry, on_device(TRAIN), task, jax.random.key(2))
-    assert optax.tree.get(finished.opt_state, "count") == (0 if reset else steps)
+    assert optax.tree.get(finished.opt_state, "count") == (0 if fresh else steps)
     assert (
         si_jax.synapses(finished.opt_state)
         .importance["params"]["Dense_0"]["kernel"]
@@ -205,11 +210,11 @@ def test_vmap_pmap_and_the_driver_equal_single_runs(max_parallel, tmp_path):
         agree({"test": together.test, "train": together.train, "loss": loss})
 
     options = Options(out=tmp_path, max_parallel=max_parallel)
+    problem = driver.Problem(TRAIN, TEST, TRAIN_TASKS, TEST_TASKS)
     result = driver.run(
-        make,
+        driver.compile_pieces(make, problem, 3, max_parallel),
         {"strength": [0.3] * 3},
         range(3),
-        driver.Problem(TRAIN, TEST, TRAIN_TASKS, TEST_TASKS),
         epochs=EPOCHS,
         method="si",
         record=Record("blobs", options),
@@ -239,7 +244,7 @@ def test_a_grid_is_swept_in_one_program():
 
 
 def test_epochs_report_what_synaptic_intelligence_sees():
-    pieces = make(30.0, inner=optax.sgd(0.05), reset=False)
+    pieces = make(30.0, inner=optax.sgd(0.05), fresh=False)
     epoch = jax.jit(pieces.epoch)
     first, second = (jax.tree.map(lambda x, i=i: x[i], TRAIN_TASKS) for i in (0, 1))
     carry, examples = pieces.init(jax.random.key(0)), on_device(TRAIN)
@@ -267,8 +272,9 @@ def test_keep_count_resets_all_but_the_step_count():
     """Adam's first steps after it are several times as large, as in its docstring."""
     task, examples = jax.tree.map(lambda x: x[0], TRAIN_TASKS), on_device(TRAIN)
     after = {}
+    tx = si_jax.with_synaptic_intelligence(lenient(optax.adam(0.01)), 0.3, 0.01)
     for keep_count in (False, True):
-        pieces = make(inner=lenient(optax.adam(0.01)), keep_count=keep_count)
+        pieces = make(boundary=[consolidate, reset(tx, keep_count=keep_count)])
         carry = pieces.init(jax.random.key(0))
         carry, _ = pieces.epoch(carry, examples, task, jax.random.key(1))
         count = optax.tree.get(carry.opt_state, "count")
@@ -293,26 +299,20 @@ def test_keep_count_resets_all_but_the_step_count():
         np.testing.assert_allclose(large / small, factor, rtol=1e-3)
 
 
-@pytest.mark.parametrize("reset", [True, False])
+@pytest.mark.parametrize("fresh", [True, False])
 @pytest.mark.parametrize("elastic", [True, False])
-def test_without_synaptic_intelligence_epochs_report_the_rest(elastic, reset):
+def test_without_synaptic_intelligence_epochs_report_the_rest(elastic, fresh):
     adam = lenient(optax.adam(0.01))
     link = ewc.elastic_weight_consolidation(10.0)
     tx = optax.chain(link, adam) if elastic else adam
-    pieces = learner(
-        MODEL,
-        tx,
-        (3, 3, 1),
-        batch_size=16,
-        reset_optimizer=reset,
-        fisher_examples=20 if elastic else 0,
-    )
+    boundary = [consolidate_fisher(MODEL, 20)] * elastic + [reset(tx)] * fresh
+    pieces = learner(MODEL, tx, (3, 3, 1), batch_size=16, boundary=boundary)
     first, second = (jax.tree.map(lambda x, i=i: x[i], TRAIN_TASKS) for i in (0, 1))
     carry, examples = pieces.init(jax.random.key(0)), on_device(TRAIN)
     carry, _ = pieces.epoch(carry, examples, first, jax.random.key(1))
     count = optax.tree.get(carry.opt_state, "count")
     carry = pieces.finish(carry, examples, first, jax.random.key(2))
-    assert optax.tree.get(carry.opt_state, "count") == (0 if reset else count)
+    assert optax.tree.get(carry.opt_state, "count") == (0 if fresh else count)
     carry, report = pieces.epoch(carry, examples, second, jax.random.key(3))
     assert report.path_integral is report.negative is report.importance is None
     if elastic:
@@ -326,14 +326,7 @@ def test_dropout_is_drawn_anew_at_every_step_and_off_in_evaluation():
     tx = si_jax.with_synaptic_intelligence(optax.sgd(0.1), 0.0)
 
     def pieces(dropout):
-        return learner(
-            model,
-            tx,
-            (3, 3, 1),
-            batch_size=16,
-            reset_optimizer=False,
-            dropout=dropout,
-        )
+        return learner(model, tx, (3, 3, 1), batch_size=16, dropout=dropout)
 
     dropped, plain = pieces(True), pieces(False)
     task = jax.tree.map(lambda x: x[0], TRAIN_TASKS)
@@ -361,14 +354,7 @@ def test_parts_of_a_batch_add_up_to_its_gradient():
     tx = si_jax.with_synaptic_intelligence(optax.sgd(0.5), 0.0)
     found = []
     for part in (0, 8):
-        pieces = learner(
-            MODEL,
-            tx,
-            (3, 3, 1),
-            batch_size=32,
-            reset_optimizer=False,
-            micro_batch=part,
-        )
+        pieces = learner(MODEL, tx, (3, 3, 1), batch_size=32, micro_batch=part)
         carry = pieces.init(jax.random.key(0))
         epoch = jax.jit(pieces.epoch)
         found.append(epoch(carry, on_device(TRAIN), task, jax.random.key(1)))
@@ -376,24 +362,16 @@ def test_parts_of_a_batch_add_up_to_its_gradient():
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), *found
     )
     with pytest.raises(ValueError, match="micro_batch must divide the batch size 32"):
-        learner(
-            MODEL, tx, (3, 3, 1), batch_size=32, reset_optimizer=False, micro_batch=5
-        )
-
-
-def test_there_is_no_count_to_keep_without_a_reset():
-    with pytest.raises(ValueError, match="needs reset_optimizer=True"):
-        make(reset=False, keep_count=True)
+        learner(MODEL, tx, (3, 3, 1), batch_size=32, micro_batch=5)
 
 
 def test_from_scratch_every_task_starts_with_the_initial_network(tmp_path):
     problem = driver.Problem(TRAIN, TEST, TRAIN_TASKS, TEST_TASKS)
     options = Options(out=tmp_path)
     result = driver.run(
-        make,
+        driver.compile_pieces(make, problem, 1),
         {"strength": [0.0]},
         [3],
-        problem,
         epochs=2,
         method="from scratch",
         record=Record("blobs", options),
@@ -458,14 +436,9 @@ def test_finish_merges_the_fisher_information_of_the_tasks_examples():
     tx = si_jax.with_synaptic_intelligence(tx, 0.0)
     task = jax.tree.map(lambda x: x[1], TRAIN_TASKS)
     count = int(task.size)
-    pieces = learner(
-        MODEL,
-        tx,
-        (3, 3, 1),
-        batch_size=16,
-        reset_optimizer=True,
-        fisher_examples=2 * count,  # each of them twice
-    )
+    twice = consolidate_fisher(MODEL, 2 * count)  # each of the examples
+    boundary = [twice, consolidate, reset(tx)]
+    pieces = learner(MODEL, tx, (3, 3, 1), batch_size=16, boundary=boundary)
     carry = pieces.init(jax.random.key(0))
     carry = jax.jit(pieces.finish)(carry, on_device(TRAIN), task, jax.random.key(1))
     images, _ = tasks.look_up(on_device(TRAIN), task.rows[:count])
@@ -514,10 +487,9 @@ def permuted_problem(count=3):
 def drive(make, problem, folder, *, seeds=2, epochs=3, **values):
     options = Options(out=folder)
     return driver.run(
-        make,
+        driver.compile_pieces(make, problem, seeds),
         {name: [value] * seeds for name, value in values.items()},
         range(seeds),
-        problem,
         epochs=epochs,
         method="method",
         record=Record("blobs", options),
@@ -527,14 +499,8 @@ def drive(make, problem, folder, *, seeds=2, epochs=3, **values):
 
 def make_permuted(strength, remember=3):
     tx = si_jax.with_synaptic_intelligence(lenient(optax.adam(0.01)), strength, 0.01)
-    return learner(
-        MODEL,
-        tx,
-        (3, 3, 1),
-        batch_size=16,
-        reset_optimizer=False,
-        remember=remember,
-    )
+    pieces = learner(MODEL, tx, (3, 3, 1), batch_size=16, boundary=[consolidate])
+    return remembering(pieces, remember) if remember else pieces
 
 
 def test_the_driver_permutes_each_run_its_own_way_and_correlates_omega(tmp_path):
