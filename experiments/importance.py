@@ -15,7 +15,8 @@ from tqdm import tqdm
 import si_jax
 from experiments import command, driver, split_mnist
 from experiments.record import Record, aligned, is_first
-from si_jax import ewc, theory_figures
+from si_jax import theory_figures
+from si_jax.importance import fisher
 from si_jax.models import MLP
 from si_jax.tasks import Task, look_up
 from si_jax.train import epoch_key, init_key
@@ -67,8 +68,8 @@ def measure(config: Config, problem: driver.Problem, seed: int) -> dict[str, Any
             out: Any = model.apply(params, image[None])
             return out[0, heads]
 
-        sampled = ewc.fisher(logits, params, images, epoch_key(key, 1, 0))
-        return sampled, ewc.fisher(logits, params, images, exact=True)
+        sampled = fisher(logits, params, images, epoch_key(key, 1, 0))
+        return sampled, fisher(logits, params, images, exact=True)
 
     sampled, exact = at_the_end(params, problem.train, task)
     trees = {

@@ -1,6 +1,6 @@
 """Synaptic Intelligence (Zenke, Poole & Ganguli, 2017) for JAX."""
 
-from si_jax import ewc
+from si_jax import ewc, importance
 from si_jax.state import reset_optimizer, surrogate_loss
 from si_jax.transform import (
     Synapses,
@@ -20,6 +20,7 @@ __all__ = [
     "WithSynapticIntelligenceState",
     "consolidate",
     "ewc",
+    "importance",
     "reset_optimizer",
     "surrogate_loss",
     "synapses",

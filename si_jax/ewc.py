@@ -7,14 +7,14 @@ surrogate loss of Synaptic Intelligence, eq. 4 there,
     c Σ F (θ̃ − θ)²,  with c = λ/2 for their λ;
 
 only where the importance comes from differs: F is the diagonal of the Fisher
-information at the end of a task, computed by :func:`fisher` in a pass of its own.
+information at the end of a task, computed by :func:`si_jax.importance.fisher` in a pass
+of its own.
 
 The penalties of several tasks are one: the sum of F₁ (θ₁ − θ)² and F₂ (θ₂ − θ)² is
 (F₁ + F₂) (θ̃ − θ)², with θ̃ their mean weighted by F, and a constant. So the state does
 not grow with the tasks.
 """
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -58,7 +58,7 @@ def elastic_weight_consolidation(
       g_k \leftarrow g_k + 2\,c\,F_k\,(\theta_k - \tilde\theta_k).
 
     Pass the gradient of the task's loss alone; there is nothing to add to the loss. At
-    every task's end compute the :func:`fisher` of it and :func:`consolidate`. Beside
+    every task's end compute its Fisher information and :func:`consolidate`. Beside
     Synaptic Intelligence: behind its link, or inside its wrapper, so that ω sees the
     gradient of the task alone.
 
@@ -147,7 +147,8 @@ def consolidate(
       opt_state: the state of an optimizer that contains
         :func:`elastic_weight_consolidation`.
       params: the parameters at the task's end.
-      importance: F, from :func:`fisher`; a tree of arrays at least 0, like ``params``.
+      importance: F, from :func:`si_jax.importance.fisher`; a tree of arrays at least
+        0, like ``params``.
 
     Returns:
       ``opt_state``, consolidated, of the same structure, shapes and dtypes.
@@ -194,101 +195,3 @@ def consolidate(
             "update return."
         )
     return map_states(merge, opt_state, ElasticWeightConsolidationState)
-
-
-def fisher(
-    logits: Callable[[optax.Params, Any], jax.Array],
-    params: optax.Params,
-    inputs: Any,
-    key: jax.Array | None = None,
-    *,
-    labels: ArrayLike | None = None,
-    exact: bool = False,
-    chunk_size: int = 16,
-) -> optax.Params:
-    r"""The diagonal of the Fisher information, from the gradients of single examples.
-
-    .. math::
-
-      F_k = \frac{1}{n} \sum_i \left(
-        \frac{\partial \log p(y_i \mid x_i; \theta)}{\partial \theta_k} \right)^2,
-        \qquad y_i \sim p(\cdot \mid x_i; \theta)
-
-    (The square of a batch's mean gradient, often taken for it, is something else: near
-    a minimum it vanishes, whatever the curvature.)
-
-    Args:
-      logits: ``(params, input) → logits (classes,)`` of one example, which may be −∞
-        for classes that take no part.
-      params: where to compute it.
-      inputs: arrays with a leading axis over the n examples.
-      key: to sample a label for each example from the model.
-      labels: int ``(n,)``; given instead of ``key``, it is the "empirical Fisher" of
-        these labels, which is not the Fisher information.
-      exact: given instead of ``key``, the mean over all labels by their probability, at
-        the price of a gradient for each. Of a network whose logits are piecewise linear
-        in every single parameter, such as a ReLU net, it is the diagonal of the Hessian
-        of the cross-entropy, whatever the true labels.
-      chunk_size: how many examples' gradients to hold at once.
-
-    Returns:
-      A tree like ``params``, float32 at least.
-
-    Raises:
-      ValueError: if not exactly one of ``key``, ``labels`` and ``exact`` is given, or
-        there are no inputs.
-
-    Example:
-      >>> import jax, jax.numpy as jnp
-      >>> from si_jax import ewc
-      >>> two_classes = lambda w, x: jnp.stack([w * x, 0 * x])
-      >>> inputs = jnp.full(1000, 2.0)
-      >>> f = ewc.fisher(two_classes, jnp.array(0.0), inputs, jax.random.key(0))
-      >>> print(f)  # x² p (1 − p) = 2² × ½ × ½
-      1.0
-    """
-    if (key is not None) + (labels is not None) + exact != 1:
-        raise ValueError(
-            "give one of a key, to sample labels from the model, labels and exact=True."
-        )
-    n = min((len(x) for x in jax.tree.leaves(inputs)), default=0)
-    if n == 0:
-        raise ValueError("there are no inputs.")
-    targets = None if labels is None else jnp.asarray(labels)
-    if key is not None:
-        targets = jax.random.split(key, n)
-
-    def squared_gradient(x, target):
-        def log_likelihoods(p):
-            return jax.nn.log_softmax(logits(p, x))
-
-        def log_likelihood(p):
-            out = log_likelihoods(p)
-            y = target if key is None else jax.random.categorical(target, out)
-            return out[y]
-
-        if not exact:
-            gradient = jax.grad(log_likelihood)(params)
-            return jax.tree.map(lambda g: jnp.square(wide(g)), gradient)
-        p = jnp.exp(log_likelihoods(params))
-        gradients = jax.jacrev(log_likelihoods)(params)
-        return jax.tree.map(
-            lambda g: jnp.tensordot(wide(p), jnp.square(wide(g)), 1), gradients
-        )
-
-    def add_chunk(total, chunk):
-        squares = jax.vmap(squared_gradient)(*chunk)
-        return jax.tree.map(lambda t, s: t + s.sum(0), total, squares), None
-
-    whole = n - n % chunk_size
-    total = transform.zeros_wide(params)
-    if whole:
-        chunks = jax.tree.map(
-            lambda x: x[:whole].reshape(-1, chunk_size, *x.shape[1:]),
-            (inputs, targets),
-        )
-        total, _ = jax.lax.scan(add_chunk, total, chunks)
-    if whole < n:
-        rest = jax.tree.map(lambda x: x[whole:], (inputs, targets))
-        total, _ = add_chunk(total, rest)
-    return jax.tree.map(lambda x: x / n, total)

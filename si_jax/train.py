@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 
 import si_jax
-from si_jax import ewc, metrics, state, transform
+from si_jax import ewc, importance, metrics, state, transform
 from si_jax.data import Examples
 from si_jax.models import mask_logits
 from si_jax.tasks import PermutedExamples, Task, look_up, shuffle
@@ -203,7 +203,7 @@ def consolidate_fisher(model: Model, count: int) -> Boundary:
             return mask_logits(model.apply(params, image[None]), task.classes)[0]
 
         params, opt_state, _ = carry
-        fisher = ewc.fisher(logits, params, images, label_key)
+        fisher = importance.fisher(logits, params, images, label_key)
         return carry._replace(opt_state=ewc.consolidate(opt_state, params, fisher))
 
     return boundary

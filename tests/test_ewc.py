@@ -10,16 +10,6 @@ from problem import OPTIMIZERS, init, lenient, train
 import si_jax
 from si_jax import ewc
 
-RNG = np.random.default_rng(0)
-INPUTS = RNG.normal(size=(50, 4)).astype(np.float32)
-KERNEL = RNG.normal(size=(4, 3)).astype(np.float32)
-LABELS = RNG.integers(0, 3, 50)
-PROBABILITIES = np.asarray(jax.nn.softmax(INPUTS @ KERNEL))
-
-
-def linear(kernel, x):
-    return x @ kernel
-
 
 def random_tree(seed, positive=False):
     rng = np.random.default_rng(seed)
@@ -29,102 +19,6 @@ def random_tree(seed, positive=False):
         return jnp.asarray(np.square(values) if positive else values, jnp.float32)
 
     return jax.tree.map(leaf, init())
-
-
-# --- The Fisher information -----------------------------------------------------------
-
-
-@pytest.mark.parametrize("chunk_size", [1, 7, 25, 50, 64])
-def test_empirical_fisher_of_a_linear_softmax(chunk_size):
-    """∂ log p(y | x) / ∂ W_jk = x_j (1[y = k] − p_k)."""
-    residual = np.eye(3)[LABELS] - PROBABILITIES
-    expected = np.einsum("nj,nk->jk", INPUTS**2, residual**2) / 50
-    actual = ewc.fisher(linear, KERNEL, INPUTS, labels=LABELS, chunk_size=chunk_size)
-    np.testing.assert_allclose(actual, expected, rtol=1e-5)
-
-
-def test_fisher_of_a_linear_softmax():
-    """E[(1[y = k] − p_k)²] = p_k (1 − p_k), for labels sampled from the model."""
-    times = 400
-    many = np.tile(INPUTS, (times, 1))
-    actual = ewc.fisher(linear, KERNEL, many, jax.random.key(0), chunk_size=1000)
-    variance = PROBABILITIES * (1 - PROBABILITIES)
-    expected = np.einsum("nj,nk->jk", INPUTS**2, variance) / 50
-    # The squared residual is (1 − p)² with probability p, else p².
-    spread = variance * (1 - 2 * PROBABILITIES) ** 2
-    error = np.sqrt(np.einsum("nj,nk->jk", INPUTS**4, spread) / 50**2 / times)
-    np.testing.assert_array_less(np.abs(actual - expected), 4.5 * error)
-
-
-def test_exact_fisher_of_a_linear_softmax():
-    variance = PROBABILITIES * (1 - PROBABILITIES)
-    expected = np.einsum("nj,nk->jk", INPUTS**2, variance) / 50
-    actual = ewc.fisher(linear, KERNEL, INPUTS, exact=True)
-    np.testing.assert_allclose(actual, expected, rtol=1e-4)
-
-
-def test_exact_fisher_of_a_relu_net_is_the_diagonal_of_its_hessian():
-    keys = jax.random.split(jax.random.key(0), 3)
-    shapes = [(4, 6), (6, 5), (5, 3)]
-    kernels = [jax.random.normal(k, s) for k, s in zip(keys, shapes, strict=True)]
-
-    def logits(kernels, x):
-        for kernel in kernels[:-1]:
-            x = jax.nn.relu(x @ kernel)
-        return x @ kernels[-1]
-
-    def loss(kernels):
-        out = jax.vmap(logits, (None, 0))(kernels, INPUTS)
-        return optax.softmax_cross_entropy_with_integer_labels(out, LABELS).mean()
-
-    hessian = jax.hessian(loss)(kernels)
-    for i, actual in enumerate(ewc.fisher(logits, kernels, INPUTS, exact=True)):
-        square = hessian[i][i].reshape(actual.size, actual.size)
-        expected = jnp.diag(square).reshape(actual.shape)
-        np.testing.assert_allclose(actual, expected, rtol=1e-3, atol=1e-5)
-
-
-def test_fisher_does_not_vanish_with_the_mean_gradient():
-    """The squared gradient of a batch does: what others call Fisher."""
-    inputs, labels = np.ones((2, 1), np.float32), np.array([0, 1])
-    kernel = jnp.zeros((1, 2))
-
-    def loss(w):
-        logits = inputs @ w
-        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
-
-    assert not jnp.square(jax.grad(loss)(kernel)).any()
-    np.testing.assert_allclose(ewc.fisher(linear, kernel, inputs, labels=labels), 0.25)
-
-
-def test_classes_that_take_no_part_have_no_fisher_information():
-    def masked(kernel, x):
-        return jnp.where(jnp.array([True, False, True]), x @ kernel, -jnp.inf)
-
-    for how in ({"key": jax.random.key(0)}, {"exact": True}):
-        fisher = ewc.fisher(masked, KERNEL, INPUTS, **how)
-        assert np.isfinite(fisher).all()
-        assert not fisher[:, 1].any()
-        assert (fisher[:, ::2] > 0).all()
-
-
-def test_fisher_is_wide_and_compiles():
-    def narrow(kernel, x):
-        return x.astype(kernel.dtype) @ kernel
-
-    fisher = jax.jit(lambda w: ewc.fisher(narrow, w, INPUTS, jax.random.key(0)))
-    assert fisher(jnp.asarray(KERNEL, jnp.bfloat16)).dtype == jnp.float32
-
-
-@pytest.mark.parametrize("kwargs", [{}, {"exact": True, "labels": LABELS}])
-def test_fisher_takes_a_key_or_labels_or_is_exact(kwargs):
-    with pytest.raises(ValueError, match="give one of a key"):
-        ewc.fisher(linear, KERNEL, INPUTS, **kwargs)
-
-
-def test_fisher_needs_inputs():
-    with pytest.raises(ValueError, match="no inputs"):
-        ewc.fisher(linear, KERNEL, INPUTS[:0], jax.random.key(0))
 
 
 # --- The penalty ----------------------------------------------------------------------
