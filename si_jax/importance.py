@@ -130,15 +130,18 @@ def fisher(
         log_p, pull_back, weights = jax.vjp(
             lambda p: log_likelihoods(p, x, weight), params, has_aux=True
         )
-        # A square's share in the mean, as the derivative's factor.
-        root = weights[..., None] * jnp.exp(log_p / 2)
+        share = jnp.exp(log_p) * jnp.square(weights)[..., None]
 
         def add(total, i):
-            one = jnp.where(jnp.arange(root.size) == i, root.ravel(), 0)
-            (gradient,) = pull_back(one.reshape(root.shape))
-            return jax.tree.map(jnp.add, total, _square(gradient)), None
+            one = jnp.zeros(log_p.size, log_p.dtype).at[i].set(1)
+            (gradient,) = pull_back(one.reshape(log_p.shape))
 
-        return jax.lax.scan(add, _zeros(params), jnp.arange(root.size))[0]
+            def added(t, square):
+                return t + share.ravel()[i].astype(t.dtype) * square
+
+            return jax.tree.map(added, total, _square(gradient)), None
+
+        return jax.lax.scan(add, _zeros(params), jnp.arange(log_p.size))[0]
 
     return _mean(
         expected if exact else sampled, params, (inputs, w, keys), n, chunk_size
