@@ -70,7 +70,8 @@ def fisher(
       weights: w, ``(n, …)``; those of one example broadcast to its positions. They
         multiply the log-likelihood, and so enter F squared. 0 leaves a position out,
         such as padding, whatever its logits are; n still counts all examples.
-      chunk_size: how many examples' derivatives to take at once.
+      chunk_size: how many examples' derivatives to hold at once; memory for as many
+        trees like ``params``, in float32.
 
     Returns:
       A tree like ``params``, float32 at least.
@@ -176,7 +177,7 @@ def empirical_fisher(
         example.
       params: where to compute it.
       examples: a tree of arrays ``(n, …)``, inputs and targets say.
-      chunk_size: how many examples' gradients to take at once.
+      chunk_size: how many examples' gradients to hold at once, as in :func:`fisher`.
 
     Returns:
       A tree like ``params``, float32 at least.
@@ -236,7 +237,7 @@ def sensitivity(
       outputs: ``(params, input) → array`` of one example, of any shape.
       params: where to compute it.
       inputs: a tree of arrays ``(n, …)``.
-      chunk_size: how many examples' gradients to take at once.
+      chunk_size: how many examples' gradients to hold at once, as in :func:`fisher`.
 
     Returns:
       A tree like ``params``, float32 at least.
