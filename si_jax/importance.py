@@ -292,7 +292,13 @@ def _mean(
     def mean(params, examples):
         def add(total, chunk):
             found = jax.vmap(of_one, (None, 0))(params, chunk)
-            return jax.tree.map(lambda t, x: t + x.sum(0), total, found), None
+
+            def added(t, x):
+                # XLA:CPU takes 18 times as long over x.sum(0) of a large layer.
+                ones = jnp.ones(len(x), x.dtype)
+                return t + jnp.tensordot(ones, x, 1, precision="highest")
+
+            return jax.tree.map(added, total, found), None
 
         total = _zeros(params)
         if whole:
