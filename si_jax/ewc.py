@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from si_jax import transform
+from si_jax import surrogate
 from si_jax.pytrees import align, map_states, states, wide
 
 
@@ -95,9 +95,9 @@ def elastic_weight_consolidation(
       <https://arxiv.org/abs/1612.00796>`_, PNAS 2017; Schwarz et al., `Progress &
       Compress <https://arxiv.org/abs/1805.06370>`_, ICML 2018
     """
-    transform.check_strength(strength)
+    surrogate.check_strength(strength)
     gamma = 1.0 if decay is None else decay
-    concrete = transform.number("decay", gamma)
+    concrete = surrogate.number("decay", gamma)
     if concrete is not None and not 0 < concrete <= 1:
         raise ValueError(f"decay (γ of online EWC) must be in (0, 1], got {decay}.")
 
@@ -110,9 +110,9 @@ def elastic_weight_consolidation(
         )
 
     def init_fn(params: optax.Params) -> ElasticWeightConsolidationState:
-        transform.check_real(params)
+        surrogate.check_real(params)
         return ElasticWeightConsolidationState(
-            transform.zeros_wide(params),
+            surrogate.zeros_wide(params),
             jax.tree.map(lambda p: jnp.array(wide(p)), params),
             *hyperparameters(),
         )
@@ -124,10 +124,10 @@ def elastic_weight_consolidation(
         **extra_args: Any,
     ) -> tuple[optax.Updates, ElasticWeightConsolidationState]:
         del extra_args
-        grads, params = transform.aligned(updates, params, state.reference)
+        grads, params = surrogate.aligned(updates, params, state.reference)
         importance, reference = state.importance, state.reference
         c, gamma, online = hyperparameters()
-        pulled = transform.pull_back(grads, params, importance, reference, c)
+        pulled = surrogate.pull_back(grads, params, importance, reference, c)
         return pulled, ElasticWeightConsolidationState(
             importance, reference, c, gamma, online
         )
@@ -172,7 +172,7 @@ def consolidate(
             jax.tree.map(jnp.asarray, align(tree, state.reference, name))
             for tree, name in ((importance, "importance"), (params, "params"))
         )
-        decay, online = transform.scalar(state.decay), transform.scalar(state.online)
+        decay, online = surrogate.scalar(state.decay), surrogate.scalar(state.online)
 
         def summed(old, f):
             return decay.astype(old.dtype) * old + f.astype(old.dtype)

@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from si_jax import surrogate
 from si_jax.ewc import ElasticWeightConsolidationState
-from si_jax.pytrees import align, map_states, states, wide
+from si_jax.pytrees import align, map_states, states
 from si_jax.transform import (
     SynapticIntelligenceState,
     WithSynapticIntelligenceState,
-    scalar,
 )
 
 _Memory = (
@@ -58,7 +58,7 @@ def reset_optimizer(
     """
     kept = _require(opt_state)
     for state in kept:
-        scalar(state.strength)
+        surrogate.scalar(state.strength)
     fresh = tx.init(params)
     if [type(state) for state in find_memories(fresh)] != [
         type(state) for state in kept
@@ -130,16 +130,9 @@ def surrogate_loss(opt_state: optax.OptState, params: optax.Params) -> jax.Array
         importance, reference = (
             (state.importance, state.reference) if elastic else state.synapses[1:]
         )
-        strength = scalar(state.strength)
-        terms = jax.tree.map(
-            lambda omega, ref, p: jnp.sum(
-                omega.astype(wide(p).dtype)
-                * jnp.square(ref.astype(wide(p).dtype) - wide(p)),
-                dtype=strength.dtype,
-            ),
-            importance,
-            reference,
-            align(params, reference, "params"),
+        strength = surrogate.scalar(state.strength)
+        terms = surrogate.penalty(
+            align(params, reference, "params"), importance, reference, strength.dtype
         )
         return strength * sum(jax.tree.leaves(terms), jnp.zeros_like(strength))
 
