@@ -1,7 +1,13 @@
 """Synaptic Intelligence (Zenke, Poole & Ganguli, 2017) for JAX."""
 
 from si_jax import ewc, importance
-from si_jax.state import reset_optimizer, surrogate_loss
+from si_jax.diagnosis import Diagnosis, diagnose
+from si_jax.state import (
+    add_importance,
+    carry_over,
+    reset_optimizer,
+    surrogate_loss,
+)
 from si_jax.transform import (
     Synapses,
     SynapticIntelligenceState,
@@ -15,10 +21,14 @@ from si_jax.transform import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "Diagnosis",
     "Synapses",
     "SynapticIntelligenceState",
     "WithSynapticIntelligenceState",
+    "add_importance",
+    "carry_over",
     "consolidate",
+    "diagnose",
     "ewc",
     "importance",
     "reset_optimizer",

@@ -189,9 +189,5 @@ def consolidate(
         )
 
     if not states(opt_state, ElasticWeightConsolidationState):
-        raise ValueError(
-            "opt_state holds no EWC: build the optimizer with "
-            "ewc.elastic_weight_consolidation, and pass the state that its init and "
-            "update return."
-        )
+        raise surrogate.missing(opt_state, "EWC", "ewc.elastic_weight_consolidation")
     return map_states(merge, opt_state, ElasticWeightConsolidationState)

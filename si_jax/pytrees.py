@@ -3,6 +3,7 @@
 Wide sums, leaves matched by path, and states found by type inside of others.
 """
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
+
+_Path = tuple[Any, ...]
 
 _HINT = (
     "Pass the tree that init got: of a TrainState its params, of an nnx model "
@@ -46,11 +49,12 @@ def align(tree: Any, like: optax.Params, name: str) -> Any:
 
     Leaves under an ``optax.MaskedNode`` of ``like`` are left out. Matching by path
     bridges containers that differ in type alone: the variables in which nnx boxes the
-    parameters and, differently, the optimizer's state.
+    parameters and, differently, the optimizer's state. A complex leaf is two where
+    ``optax.contrib.split_real_and_imaginary`` made two of it.
     """
     slots, treedef = jax.tree_util.tree_flatten_with_path(like, is_leaf=_is_masked)
     masked = {path for path, slot in slots if _is_masked(slot)}
-    leaves = dict(jax.tree_util.tree_leaves_with_path(tree))
+    leaves = _split_complex(tree, {path for path, _ in slots})
     aligned = []
     for path, slot in slots:
         where = f"{name}{jax.tree_util.keystr(path)}"
@@ -81,6 +85,69 @@ def align(tree: Any, like: optax.Params, name: str) -> Any:
 
 def _is_masked(x: Any) -> bool:
     return isinstance(x, optax.MaskedNode)
+
+
+def _split_complex(tree: Any, slots: set[_Path]) -> dict[_Path, Any]:
+    """The leaves by path; of a complex one its parts, if these have slots."""
+    real, imaginary = map(jax.tree_util.GetAttrKey, ("real", "imaginary"))
+    leaves = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        if jnp.iscomplexobj(leaf) and (*path, real) in slots:
+            leaves[*path, real] = jnp.real(leaf)
+            leaves[*path, imaginary] = jnp.imag(leaf)
+        else:
+            leaves[path] = leaf
+    return leaves
+
+
+def extend(old: Any, new: Any) -> Any:
+    """``new`` with the leaves of ``old``, matched by path, at its origin.
+
+    In the dtypes of ``new`` and, where it is committed to devices, on them. Nothing of
+    the result is shared with ``old``; leaves that ``old`` has not are ``new``'s own.
+    """
+    leaves = dict(jax.tree_util.tree_leaves_with_path(old))
+    slots, treedef = jax.tree_util.tree_flatten_with_path(new)
+    extended = []
+    for path, slot in slots:
+        if path not in leaves:
+            extended.append(slot)
+            continue
+        leaf = leaves.pop(path)
+        before, after = jnp.shape(leaf), jnp.shape(slot)
+        if len(before) != len(after) or any(map(operator.gt, before, after)):
+            raise ValueError(
+                f"params{jax.tree_util.keystr(path)} has shape {before} in opt_state, "
+                f"but {after} in into: a parameter may grow along its axes, not shrink "
+                "or change their number. Make into from parameters that hold the old."
+            )
+        extended.append(_at_origin(leaf, slot))
+    for path, leaf in leaves.items():
+        raise ValueError(
+            f"params{jax.tree_util.keystr(path)} of shape {jnp.shape(leaf)} is in "
+            "opt_state, but not in into: what is remembered of it would be lost. Make "
+            "into from parameters that have it, by an optimizer that does not mask it."
+        )
+    return jax.tree.unflatten(treedef, extended)
+
+
+def _at_origin(block: jax.Array, whole: jax.Array) -> jax.Array:
+    """``whole`` with ``block`` in the corner where every index is 0."""
+    shapes = zip(jnp.shape(block), jnp.shape(whole), strict=True)
+    margin = [(0, after - before) for before, after in shapes]
+    moved = jnp.pad(jnp.array(block, jnp.result_type(whole)), margin)
+    moved = placed(moved, whole)
+    if jnp.shape(block) == jnp.shape(whole):
+        return moved
+    return jnp.where(jnp.pad(jnp.ones(jnp.shape(block), bool), margin), moved, whole)
+
+
+def placed(x: jax.Array, like: Any) -> jax.Array:
+    """``x`` on the devices that ``like`` is committed to; under jit there are none."""
+    traced = isinstance(x, jax.core.Tracer) or isinstance(like, jax.core.Tracer)
+    if traced or not getattr(like, "committed", False):
+        return x
+    return jax.device_put(x, like.sharding)
 
 
 def states(opt_state: optax.OptState, kind: Any) -> list[Any]:

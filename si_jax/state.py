@@ -1,24 +1,145 @@
-"""What Synaptic Intelligence and EWC share once they sit in an optimizer's state."""
+"""What one does with the memory in an optimizer's state, be it SI's or EWC's."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from si_jax import surrogate
+from si_jax import surrogate, transform
 from si_jax.ewc import ElasticWeightConsolidationState
-from si_jax.pytrees import align, map_states, states
+from si_jax.pytrees import align, extend, map_states, placed, states, wide, zeros
 from si_jax.transform import (
+    Synapses,
     SynapticIntelligenceState,
     WithSynapticIntelligenceState,
 )
 
-_Memory = (
-    SynapticIntelligenceState
-    | WithSynapticIntelligenceState
-    | ElasticWeightConsolidationState
-)
+_Synaptic = SynapticIntelligenceState | WithSynapticIntelligenceState
+_Memory = _Synaptic | ElasticWeightConsolidationState
+
+_ELSE = "If the parameters grew or the optimizer is another one, use si_jax.carry_over."
+
+
+def carry_over(opt_state: optax.OptState, *, into: optax.OptState) -> optax.OptState:
+    """Put what SI and EWC remember in ``opt_state`` into another optimizer's state.
+
+    For parameters that grew (a head with more classes, a new adapter, more words), for
+    another optimizer, and from one form of Synaptic Intelligence into the other. Leaves
+    are matched by path. One that is larger in ``into`` keeps its old block at the
+    origin, the first entries along every axis; new entries and new leaves start free,
+    with ω = Ω = 0 and θ̃ as ``into`` has it. Everything else is ``into``'s: strength,
+    damping, moments, counts, dtypes, containers and where arrays lie.
+
+    Best at a task's end, after :func:`consolidate`. In mid-task ω is carried, too; the
+    last step of a link that becomes a wrapper is credited with what the parameters
+    moved to ``into``'s θ̃, so ``into`` must be made from the current ones. (It is not
+    credited where ``state_dtype`` rounds θ̃.)
+
+    Pure; under ``jit`` nothing is copied that need not be:
+    ``jax.jit(lambda s, p: si_jax.carry_over(s, into=tx.init(p)), donate_argnums=0)``.
+
+    Args:
+      opt_state: the state of an optimizer with Synaptic Intelligence, EWC, or both.
+      into: the state of another one, usually ``tx.init(params)``; of an
+        ``nnx.Optimizer`` for the grown model its ``opt_state``. If there are several
+        memories (SI inside a partition), those of a kind are matched in order.
+
+    Returns:
+      ``into`` with the memory of ``opt_state``; it shares no array with either.
+
+    Raises:
+      ValueError: if there is no memory in either, if they hold different numbers of
+        them, or if a parameter that ``opt_state`` remembers shrank, changed its number
+        of axes or is gone.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, si_jax
+      >>> tx = si_jax.with_synaptic_intelligence(optax.adam(1e-3), damping=1.0)
+      >>> head = jnp.array([0.0, 0.0])
+      >>> opt_state = si_jax.add_importance(tx.init(head), jnp.array([1.0, 2.0]))
+      >>> head = jnp.array([0.1, 0.2, 0.3])  # a third class
+      >>> opt_state = si_jax.carry_over(opt_state, into=tx.init(head))
+      >>> print(si_jax.synapses(opt_state).importance)
+      [1. 2. 0.]
+      >>> print(si_jax.synapses(opt_state).reference)
+      [0.  0.  0.3]
+    """
+    old, new = _require(opt_state), _require(into, "into")
+    for state in (*old, *new):
+        surrogate.scalar(state.strength)
+    remaining = {}
+    for kind, name in ((_Synaptic, "SI"), (ElasticWeightConsolidationState, "EWC")):
+        counts = [sum(isinstance(x, kind) for x in found) for found in (old, new)]
+        if counts[0] != counts[1]:
+            raise ValueError(
+                f"opt_state holds {name} {counts[0]} times and into {counts[1]} times: "
+                "make into with an optimizer that has a place for each memory."
+            )
+        remaining[kind] = iter([x for x in old if isinstance(x, kind)])
+
+    def carry(state: Any) -> Any:
+        if isinstance(state, ElasticWeightConsolidationState):
+            return _carry_elastic(next(remaining[type(state)]), state)
+        return _carry_synaptic(next(remaining[_Synaptic]), state)
+
+    own = jax.tree.map(lambda x: jnp.copy(x) if isinstance(x, jax.Array) else x, into)
+    return _map_memories(carry, own)
+
+
+def _carry_elastic(old: Any, new: Any) -> Any:
+    return new._replace(
+        importance=_free(old.importance, new.importance),
+        reference=extend(old.reference, new.reference),
+    )
+
+
+def _carry_synaptic(old: Any, new: Any) -> Any:
+    """Either form into either: ω, Ω and θ̃, and of a link into a link its last step."""
+    reference = extend(old.synapses.reference, new.synapses.reference)
+    from_link, to_link = (isinstance(x, SynapticIntelligenceState) for x in (old, new))
+    if from_link and not to_link:
+        now = _now(new.synapses.reference, old.last_params)
+        old = transform.observe(old, now, old.last_grads)
+    synapses = Synapses(
+        _free(old.synapses.path_integral, new.synapses.path_integral),
+        _free(old.synapses.importance, new.synapses.importance),
+        reference,
+    )
+    if not to_link:
+        return new._replace(synapses=synapses)
+    if not from_link:
+        return new._replace(
+            synapses=synapses,
+            last_grads=jax.tree.map(zeros, new.last_grads),
+            pending=jax.tree.map(jnp.zeros_like, new.pending),
+        )
+    pending = jnp.copy(surrogate.scalar(old.pending))
+    return new._replace(
+        synapses=synapses,
+        last_params=extend(old.last_params, new.last_params),
+        last_grads=_free(old.last_grads, new.last_grads),
+        pending=jax.tree.map(lambda _: pending, new.pending),
+    )
+
+
+def _free(old: Any, new: Any) -> Any:
+    """The leaves of ``old`` in a tree like ``new``; zeros, thus free, for others."""
+    return extend(old, jax.tree.map(zeros, new))
+
+
+def _now(reference: Any, before: Any) -> Any:
+    """The parameters of ``before`` today, from a new θ̃, unless it is rounded."""
+    leaves = dict(jax.tree_util.tree_leaves_with_path(reference))
+
+    def leaf(path, old):
+        new = leaves[path]
+        if jnp.finfo(new.dtype).bits < jnp.finfo(old.dtype).bits:
+            return old
+        return placed(new[tuple(map(slice, old.shape))], old)
+
+    return jax.tree_util.tree_map_with_path(leaf, before)
 
 
 def reset_optimizer(
@@ -31,7 +152,8 @@ def reset_optimizer(
     Hyperparameters of ``optax.inject_hyperparams`` return to their first values, too.
 
     Args:
-      tx: the optimizer that made ``opt_state``.
+      tx: the optimizer that made ``opt_state``. For another one, and for parameters
+        that grew, use :func:`carry_over`.
       opt_state: its state, before or after :func:`consolidate`.
       params: the current parameters.
 
@@ -56,46 +178,90 @@ def reset_optimizer(
       >>> print(si_jax.synapses(opt_state).path_integral)
       [0.5]
     """
-    kept = _require(opt_state)
+    kept, fresh = _require(opt_state), tx.init(params)
     for state in kept:
         surrogate.scalar(state.strength)
-    fresh = tx.init(params)
-    if [type(state) for state in find_memories(fresh)] != [
-        type(state) for state in kept
-    ]:
+    if list(map(type, find_memories(fresh))) != list(map(type, kept)):
         raise ValueError(
             "opt_state was not made by this tx: they do not hold the same memories in "
-            "the same form and number."
+            f"the same form and number. {_ELSE}"
         )
-    remaining = iter(kept)
-
-    def keep(state: Any) -> Any:
-        old = next(remaining)
-        match state:
-            case ElasticWeightConsolidationState():
-                return state._replace(
-                    importance=old.importance, reference=old.reference
-                )
-            case SynapticIntelligenceState():
-                return state._replace(
-                    synapses=old.synapses,
-                    last_params=old.last_params,
-                    last_grads=old.last_grads,
-                )
-            case _:
-                return state._replace(
-                    synapses=old.synapses,
-                    inner_state=map_states(keep, state.inner_state, _Memory),
-                )
-
-    # Put back leaf by leaf: the old state's containers may be boxed (nnx.Optimizer).
-    leaves = jax.tree.leaves(map_states(keep, fresh, _Memory))
-    if list(map(jnp.shape, leaves)) != list(map(jnp.shape, jax.tree.leaves(opt_state))):
+    shapes = [list(map(jnp.shape, jax.tree.leaves(x))) for x in (fresh, opt_state)]
+    if shapes[0] != shapes[1]:
         raise ValueError(
             "opt_state was not made by this tx for these params: their numbers or "
-            "shapes of arrays differ."
+            f"shapes of arrays differ. {_ELSE}"
         )
+    # Put back leaf by leaf: the old state's containers may be boxed (nnx.Optimizer).
+    leaves = jax.tree.leaves(carry_over(opt_state, into=fresh))
     return jax.tree.unflatten(jax.tree.structure(opt_state), leaves)
+
+
+def add_importance(
+    opt_state: optax.OptState, importance: optax.Params
+) -> optax.OptState:
+    """Add to Ω; θ̃ stays: hold parameters that were trained elsewhere.
+
+    To fine-tune a pretrained network, give its optimizer's first state what the network
+    needs to keep what it knows. Ω is in units of loss per squared parameter: with
+    strength 1, half the Fisher information of a negative log-likelihood (a mean over
+    examples, like the loss) is the second-order expansion of the loss that was trained.
+
+    Args:
+      opt_state: the state of an optimizer with Synaptic Intelligence or EWC, wherever
+        it sits inside.
+      importance: what to add, a tree of arrays at least 0 like the parameters. Leaves
+        that ``optax.masked`` or ``optax.partition`` hides from the memory may be there,
+        and are ignored. Of a complex leaf it is complex: the importance of the real
+        part, and of the imaginary part.
+
+    Returns:
+      ``opt_state`` with the sum, of the same structure, shapes and dtypes.
+
+    Raises:
+      ValueError: if there is no memory in ``opt_state`` or more than one of a parameter
+        (SI and EWC: pass the part that you mean), if ``importance`` does not fit it, or
+        is negative or not finite (when it is concrete).
+
+    Example:
+      >>> import jax.numpy as jnp, optax, si_jax
+      >>> tx = si_jax.with_synaptic_intelligence(optax.sgd(0.25), strength=1.0)
+      >>> pretrained = jnp.array([1.0, 1.0])
+      >>> fisher = jnp.array([2.0, 0.0])
+      >>> opt_state = si_jax.add_importance(tx.init(pretrained), fisher / 2)
+      >>> strayed = jnp.array([2.0, 2.0])
+      >>> updates, opt_state = tx.update(jnp.ones(2), opt_state, strayed)
+      >>> print(updates)  # −0.25 (1 + 2 Ω (θ − θ̃)); the other is free
+      [-0.75 -0.25]
+    """
+
+    def added(path, omega, new):
+        if not isinstance(new, jax.core.Tracer):
+            _check_importance(f"importance{jax.tree_util.keystr(path)}", new)
+        total = wide(omega) + jnp.asarray(new, wide(omega).dtype)
+        return total.astype(omega.dtype)
+
+    def add(state: Any) -> Any:
+        surrogate.scalar(state.strength)
+        old, reference = remembered(state)
+        new = align(importance, reference, "importance")
+        total = jax.tree_util.tree_map_with_path(added, old, new)
+        if isinstance(state, ElasticWeightConsolidationState):
+            return state._replace(importance=total)
+        return state._replace(synapses=state.synapses._replace(importance=total))
+
+    require_once(opt_state)
+    return _map_memories(add, opt_state)
+
+
+def _check_importance(name: str, x: Any) -> None:
+    if not jnp.all(jnp.isfinite(x)):
+        raise ValueError(f"{name} is not finite: Ω would not be a number any more.")
+    if not jnp.all(jnp.asarray(x) >= 0):
+        raise ValueError(
+            f"{name} is negative: the surrogate loss would push the parameter away. "
+            "Importances are at least 0; clip them, or square what they come from."
+        )
 
 
 def surrogate_loss(opt_state: optax.OptState, params: optax.Params) -> jax.Array:
@@ -126,10 +292,7 @@ def surrogate_loss(opt_state: optax.OptState, params: optax.Params) -> jax.Array
     """
 
     def penalty(state: Any) -> jax.Array:
-        elastic = isinstance(state, ElasticWeightConsolidationState)
-        importance, reference = (
-            (state.importance, state.reference) if elastic else state.synapses[1:]
-        )
+        importance, reference = remembered(state)
         strength = surrogate.scalar(state.strength)
         terms = surrogate.penalty(
             align(params, reference, "params"), importance, reference, strength.dtype
@@ -138,6 +301,9 @@ def surrogate_loss(opt_state: optax.OptState, params: optax.Params) -> jax.Array
 
     first, *others = map(penalty, _require(opt_state))
     return sum(others, first)
+
+
+# --- Finding them ---------------------------------------------------------------------
 
 
 def find_memories(opt_state: optax.OptState) -> list[Any]:
@@ -150,13 +316,50 @@ def find_memories(opt_state: optax.OptState) -> list[Any]:
     return found
 
 
-def _require(opt_state: optax.OptState) -> list[Any]:
-    found = find_memories(opt_state)
-    if not found:
-        raise ValueError(
-            "opt_state holds no Synaptic Intelligence and no EWC: build the optimizer "
-            "with si_jax.synaptic_intelligence, si_jax.with_synaptic_intelligence or "
-            "si_jax.ewc.elastic_weight_consolidation, and pass the state that its init "
-            "and update return."
-        )
+def require_once(opt_state: optax.OptState) -> list[Any]:
+    """The memories inside ``opt_state``, each parameter in one of them at most."""
+    found = _require(opt_state)
+    seen = set()
+    for state in found:
+        for path, _ in jax.tree_util.tree_leaves_with_path(remembered(state)[1]):
+            if path in seen:
+                raise ValueError(
+                    f"opt_state remembers params{jax.tree_util.keystr(path)} more than "
+                    "once, by Synaptic Intelligence and EWC, say: pass the part of it "
+                    "that you mean, of a chain one entry."
+                )
+            seen.add(path)
     return found
+
+
+def remembered(state: Any) -> tuple[optax.Params, optax.Params]:
+    """Ω and θ̃ of a memory."""
+    if isinstance(state, ElasticWeightConsolidationState):
+        return state.importance, state.reference
+    return state.synapses.importance, state.synapses.reference
+
+
+def _map_memories(
+    function: Callable[[Any], Any], opt_state: optax.OptState
+) -> optax.OptState:
+    """``opt_state`` with ``function`` of each memory in its place, in their order."""
+
+    def inside(state: Any) -> Any:
+        state = function(state)
+        if not isinstance(state, WithSynapticIntelligenceState):
+            return state
+        return state._replace(inner_state=_map_memories(function, state.inner_state))
+
+    return map_states(inside, opt_state, _Memory)
+
+
+def _require(opt_state: optax.OptState, name: str = "opt_state") -> list[Any]:
+    if found := find_memories(opt_state):
+        return found
+    raise surrogate.missing(
+        opt_state,
+        "Synaptic Intelligence and no EWC",
+        "si_jax.synaptic_intelligence, si_jax.with_synaptic_intelligence or "
+        "si_jax.ewc.elastic_weight_consolidation",
+        name,
+    )

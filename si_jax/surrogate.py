@@ -82,7 +82,8 @@ def check_real(params: optax.Params) -> None:
             raise ValueError(
                 f"Importances need real floating-point parameters; "
                 f"params{jax.tree_util.keystr(path)} is {jnp.result_type(leaf)}. "
-                "Leave it out with optax.masked."
+                "Leave it out with optax.masked; for complex parameters, wrap the "
+                "optimizer in optax.contrib.split_real_and_imaginary."
             )
 
 
@@ -127,3 +128,34 @@ def scalar(x: Any) -> jax.Array:
             "call this function inside jax.vmap."
         )
     return value
+
+
+def missing(
+    opt_state: optax.OptState, what: str, makers: str, name: str = "opt_state"
+) -> ValueError:
+    """The error for a state without the memory that a function needs."""
+    if _is_untyped(opt_state):
+        return ValueError(
+            f"{name} is made of dicts and lists, like a checkpoint that was restored "
+            "without a target, not of the optimizer's types: restore it into "
+            "tx.init(params), which tells Orbax (or Flax) what to make of it."
+        )
+    return ValueError(
+        f"{name} holds no {what}: build the optimizer with {makers}, and pass the "
+        "state that its init and update return."
+    )
+
+
+def _is_untyped(opt_state: optax.OptState) -> bool:
+    """Whether a dict has the fields of a memory."""
+    key = jax.tree_util.DictKey
+    entries = {
+        path[:depth]
+        for path, _ in jax.tree_util.tree_leaves_with_path(opt_state)
+        for depth in range(1, len(path) + 1)
+    }
+    return any(
+        (*entry[:-1], key("reference")) in entries
+        for entry in entries
+        if entry[-1] == key("importance")
+    )

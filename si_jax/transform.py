@@ -31,6 +31,7 @@ from si_jax.surrogate import (
     aligned,
     check_real,
     check_strength,
+    missing,
     number,
     pull_back,
     scalar,
@@ -66,6 +67,7 @@ class SynapticIntelligenceState(NamedTuple):
       nonnegative: whether Ω is kept from falling below zero, a boolean scalar.
       last_params: the parameters at the last update, to see what they moved since.
       last_grads: the gradient at the last update, which that movement belongs to.
+      pending: whether there was an update in this task, a boolean scalar.
     """
 
     synapses: Synapses
@@ -74,6 +76,7 @@ class SynapticIntelligenceState(NamedTuple):
     nonnegative: jax.Array
     last_params: optax.Params
     last_grads: optax.Updates
+    pending: jax.Array
 
 
 class WithSynapticIntelligenceState(NamedTuple):
@@ -117,7 +120,8 @@ def _consolidate(state: _State, params: optax.Params) -> _State:
     """Eq. 5 with the old θ̃, then θ̃ ← θ, then ω ← 0."""
     params = align(params, state.synapses.reference, "params")
     if isinstance(state, SynapticIntelligenceState):
-        state = _observe(state, params, jax.tree.map(zeros, state.last_grads))
+        state = observe(state, params, jax.tree.map(zeros, state.last_grads))
+        state = state._replace(pending=jax.tree.map(jnp.zeros_like, state.pending))
     path_integral, importance, reference = state.synapses
     damping, nonnegative = scalar(state.damping), scalar(state.nonnegative)
 
@@ -137,14 +141,31 @@ def _consolidate(state: _State, params: optax.Params) -> _State:
     )
 
 
-def _observe(
-    state: SynapticIntelligenceState, params: optax.Params, grads: optax.Updates
+def observe(
+    state: SynapticIntelligenceState,
+    params: optax.Params,
+    grads: optax.Updates,
+    *,
+    unbiased: bool = False,
 ) -> SynapticIntelligenceState:
-    """Credit the last gradient with the movement since, and keep the new one."""
+    """Credit a gradient with the movement since the last, and keep the new one.
+
+    The last one; or the new one if ``unbiased``, where there is a step to credit and it
+    is a number.
+    """
     movement = jax.tree.map(
         lambda now, before: wide(now) - wide(before), params, state.last_params
     )
-    omega = _integrate(state.synapses.path_integral, state.last_grads, movement)
+    credited = state.last_grads
+    if unbiased:
+        credited = jax.tree.map(
+            lambda last, new: jnp.where(
+                scalar(state.pending) & jnp.isfinite(new), new.astype(last.dtype), last
+            ),
+            state.last_grads,
+            grads,
+        )
+    omega = _integrate(state.synapses.path_integral, credited, movement)
     return state._replace(
         synapses=state.synapses._replace(path_integral=omega),
         last_params=_copy(params, state.last_params),
@@ -160,6 +181,7 @@ def synaptic_intelligence(
     damping: ArrayLike = 0.1,
     *,
     nonnegative: bool = True,
+    unbiased: bool = False,
     state_dtype: DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Synaptic Intelligence as the first link of an optax chain.
@@ -192,6 +214,11 @@ def synaptic_intelligence(
       damping: ξ of eq. 5, above 0, in units of a squared parameter. May be traced.
       nonnegative: keep Ω from falling below zero, as the authors' code does; ``False``
         is eq. 5 to the letter.
+      unbiased: ω ← ω − g·Δθ with the gradient after the step, of the next minibatch,
+        instead of the one that made it. The noise of that one is in Δθ, too, so that
+        eq. 3 credits it as if the loss had fallen; the noise of the next is not, and
+        Σω follows the loss. Benzing shows that SI often owes its success to the bias.
+        A task's last step takes its own gradient, as there is no other yet.
       state_dtype: of Ω and θ̃; ``"bfloat16"`` halves their bytes, and rounds Ω at every
         task's end and where a parameter is pulled to. By default Ω is float32 at least,
         θ̃ like the parameter.
@@ -223,7 +250,9 @@ def synaptic_intelligence(
 
     References:
       Zenke, Poole & Ganguli, `Continual Learning Through Synaptic Intelligence
-      <https://arxiv.org/abs/1703.04200>`_, ICML 2017
+      <https://arxiv.org/abs/1703.04200>`_, ICML 2017; Benzing, `Unifying Importance
+      Based Regularisation Methods for Continual Learning
+      <https://arxiv.org/abs/2006.06357>`_, AISTATS 2022
     """
     _check_hyperparameters(strength, damping, state_dtype)
 
@@ -234,6 +263,7 @@ def synaptic_intelligence(
             *_hyperparameters(strength, damping, nonnegative),
             last_params=_copy(params, params),
             last_grads=zeros_wide(params),
+            pending=jnp.array(False),
         )
 
     def update_fn(
@@ -247,8 +277,10 @@ def synaptic_intelligence(
         grads, params = aligned(updates, params, reference)
         c, xi, floored = _hyperparameters(strength, damping, nonnegative)
         pulled = pull_back(grads, params, importance, reference, c)
-        state = _observe(state, params, grads)
-        return pulled, state._replace(strength=c, damping=xi, nonnegative=floored)
+        state = observe(state, params, grads, unbiased=unbiased)
+        return pulled, state._replace(
+            strength=c, damping=xi, nonnegative=floored, pending=jnp.array(True)
+        )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -491,11 +523,7 @@ def find_synaptic(opt_state: optax.OptState) -> list[Any]:
 
 
 def _require(opt_state: optax.OptState) -> list[Any]:
-    found = find_synaptic(opt_state)
-    if not found:
-        raise ValueError(
-            "opt_state holds no Synaptic Intelligence: build the optimizer with "
-            "si_jax.synaptic_intelligence or si_jax.with_synaptic_intelligence, and "
-            "pass the state that its init and update return."
-        )
-    return found
+    makers = "si_jax.synaptic_intelligence or si_jax.with_synaptic_intelligence"
+    if found := find_synaptic(opt_state):
+        return found
+    raise missing(opt_state, "Synaptic Intelligence", makers)

@@ -1,0 +1,149 @@
+"""Which parameters are held, how hard, and how far they went."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from si_jax import surrogate
+from si_jax.ewc import ElasticWeightConsolidationState
+from si_jax.pytrees import align, wide
+from si_jax.state import remembered, require_once
+
+
+class Diagnosis(NamedTuple):
+    """What :func:`diagnose` found: dicts of scalars by the names of the leaves.
+
+    ``print`` shows it as a table, ``si_jax.figures.diagnosis`` as bars.
+
+    Attributes:
+      importance: ΣΩ, in loss per squared parameter.
+      max_importance: the largest Ω.
+      share: ΣΩ over that of all leaves; 0 before the first task has ended.
+      path_integral: Σω, in units of the loss, of the task so far (the link's lacks the
+        last step). EWC has none.
+      penalty: c Σ Ω (θ̃ − θ)², in units of the loss.
+      displacement: the root of the mean of (θ − θ̃)², in units of the parameter.
+    """
+
+    importance: dict[str, jax.Array]
+    max_importance: dict[str, jax.Array]
+    share: dict[str, jax.Array]
+    path_integral: dict[str, jax.Array]
+    penalty: dict[str, jax.Array]
+    displacement: dict[str, jax.Array]
+
+    def __str__(self) -> str:
+        """A table with a row for each leaf and the sums below."""
+        if any(isinstance(x, jax.core.Tracer) or x.ndim for x in self.share.values()):
+            return repr(self)  # under jit, or of several networks
+
+        def row(name: str) -> list[str]:
+            columns = (column.get(name) for column in self)
+            return [name, *("" if x is None else f"{float(x):.3g}" for x in columns)]
+
+        def total(column: dict[str, jax.Array]) -> str:
+            return f"{float(sum(column.values())):.3g}" if column else ""
+
+        sums = {"importance", "share", "path_integral", "penalty"}
+        rows = [["", "ΣΩ", "max Ω", "share", "Σω", "penalty", "displacement"]]
+        rows += map(row, self.share)
+        rows += [
+            ["all"]
+            + [
+                total(column) if name in sums else ""
+                for name, column in self._asdict().items()
+            ]
+        ]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        return "\n".join(
+            "  ".join(
+                [first.ljust(widths[0])]
+                + [x.rjust(w) for x, w in zip(rest, widths[1:], strict=True)]
+            ).rstrip()
+            for first, *rest in rows
+        )
+
+
+def diagnose(opt_state: optax.OptState, params: optax.Params) -> Diagnosis:
+    """By leaf: how important it is, what it earned, how far it went, what that costs.
+
+    Pure; works under ``jit`` and ``vmap``.
+
+    Args:
+      opt_state: the state of an optimizer that contains Synaptic Intelligence or EWC.
+      params: the current parameters.
+
+    Returns:
+      A :class:`Diagnosis`.
+
+    Raises:
+      ValueError: if there is no memory in ``opt_state`` or more than one of a parameter
+        (SI and EWC: pass the part that you mean), if ``params`` does not fit it, or if
+        the state is batched (then call it inside ``jax.vmap``).
+
+    Example:
+      >>> import jax.numpy as jnp, optax, si_jax
+      >>> tx = si_jax.with_synaptic_intelligence(optax.sgd(0.1), strength=0.5)
+      >>> params = {"body": jnp.zeros(2), "head": jnp.zeros(2)}
+      >>> importance = {"body": jnp.array([1.0, 2.0]), "head": jnp.array([1.0, 0.0])}
+      >>> opt_state = si_jax.add_importance(tx.init(params), importance)
+      >>> params = {"body": jnp.array([2.0, 0.0]), "head": jnp.array([0.0, 4.0])}
+      >>> print(si_jax.diagnose(opt_state, params))
+            ΣΩ  max Ω  share  Σω  penalty  displacement
+      body   3      2   0.75   0        2          1.41
+      head   1      1   0.25   0        0          2.83
+      all    4             1   0        2
+    """
+    leaves: dict[Any, tuple[Any, ...]] = {}
+    for state in require_once(opt_state):
+        importance, reference = remembered(state)
+        now = align(params, reference, "params")
+        c = surrogate.scalar(state.strength)
+        terms = surrogate.penalty(now, importance, reference, c.dtype)
+        elastic = isinstance(state, ElasticWeightConsolidationState)
+        earned = importance if elastic else state.synapses.path_integral
+        for (path, omega), w, term, ref, p in zip(
+            jax.tree_util.tree_leaves_with_path(importance),
+            *map(jax.tree.leaves, (earned, terms, reference, now)),
+            strict=True,
+        ):
+            leaves[path] = omega, None if elastic else w, c * term, ref, p
+    named = dict(zip(_names(list(leaves)), leaves.values(), strict=True))
+    importance = {name: wide(omega).sum() for name, (omega, *_) in named.items()}
+    total = sum(importance.values())
+    return Diagnosis(
+        importance=importance,
+        max_importance={
+            name: wide(omega).max(initial=-jnp.inf)
+            for name, (omega, *_) in named.items()
+        },
+        share={
+            name: jnp.where(total == 0, 0, x / jnp.where(total == 0, 1, total))
+            for name, x in importance.items()
+        },
+        path_integral={
+            name: w.sum() for name, (_, w, *_) in named.items() if w is not None
+        },
+        penalty={name: penalty for name, (_, _, penalty, *_) in named.items()},
+        displacement={
+            name: _root_mean_square(p, ref) for name, (*_, ref, p) in named.items()
+        },
+    )
+
+
+def _root_mean_square(p: jax.Array, ref: jax.Array) -> jax.Array:
+    moved = wide(p) - ref.astype(wide(p).dtype)
+    return jnp.sqrt(jnp.sum(jnp.square(moved)) / max(moved.size, 1))
+
+
+def _names(paths: list[Any]) -> list[str]:
+    """``layer/kernel``; without the last step into the boxes of nnx."""
+    box = jax.tree_util.GetAttrKey("value")
+    if all(path and path[-1] == box for path in paths):
+        paths = [path[:-1] for path in paths]
+    simple = [jax.tree_util.keystr(x, simple=True, separator="/") for x in paths]
+    if len(set(simple)) < len(simple):
+        return [jax.tree_util.keystr(x) for x in paths]
+    return [name or "params" for name in simple]  # one array is the whole tree
