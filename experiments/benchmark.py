@@ -3,6 +3,8 @@
 import dataclasses
 import functools
 import importlib.util
+import math
+import re
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
@@ -29,9 +31,9 @@ class Net(NamedTuple):
       model: in Flax.
       image_shape: height, width, channels.
       batch_size: examples a step.
-      steps: of one timing, in one compiled loop.
+      steps: of one timing.
       micro_batch: parts of a batch to take one by one; 0 for none.
-      loop: whether the steps are in a loop; without one there is a single step.
+      loop: whether the steps are in a compiled loop; without one each is a call.
     """
 
     model: MLP | CNN
@@ -55,6 +57,9 @@ CONVOLUTIONS = {  # what makes the CNN's step fast on a CPU
     "as products, parts of 32": NETS["split CIFAR"],
 }
 LARGE = "large tree"
+MATRIX = 1024, 4096
+CALLS = "step by step"
+REGION_ANALYSIS = {"xla_cpu_copy_insertion_use_region_analysis": True}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,11 +99,13 @@ class Method(NamedTuple):
       tx: the optimizer.
       moved: bytes a float32 parameter that its update must read and write.
       synaptic: whether it is one with Synaptic Intelligence.
+      options: of XLA, to compile its programs with.
     """
 
     tx: optax.GradientTransformationExtraArgs
     moved: int
     synaptic: bool = True
+    options: Mapping[str, Any] = {}
 
     def start(self, params: optax.Params) -> optax.OptState:
         """Its state in a second task; Ω is zero there, but multiplied all the same."""
@@ -110,22 +117,27 @@ def methods() -> dict[str, Method]:
     """Adam alone, and under either form of Synaptic Intelligence."""
     adam = optax.adam(1e-3)
     wrap = functools.partial(si_jax.with_synaptic_intelligence, adam, 0.1, 0.1)
-    return {
+    link = Method(optax.chain(si_jax.synaptic_intelligence(0.1, 0.1), adam), 60)
+    found = {
         "adam": Method(adam, 28, synaptic=False),
         "wrapper": Method(wrap(), 44),
         "wrapper, bfloat16 Ω and θ̃": Method(wrap(state_dtype="bfloat16"), 40),
-        "link": Method(optax.chain(si_jax.synaptic_intelligence(0.1, 0.1), adam), 60),
+        "link": link,
     }
+    if jax.default_backend() == "cpu":
+        found["link, region analysis"] = link._replace(options=REGION_ANALYSIS)
+    return found
 
 
 class Program(NamedTuple):
     """What is timed, and what is known of it before.
 
     Attributes:
-      run: takes all its steps.
+      run: takes all its steps, and returns the state.
       steps: how many.
-      facts: seconds it took to compile, bytes that its passes over memory access, bytes
-        in use at the peak, bytes of the optimizer's state.
+      facts: seconds it took to compile, bytes in use at the peak, bytes of the
+        optimizer's state; a parameter, the bytes that its passes over memory access (of
+        a loop: before it and in one step) and the copies that a step makes.
     """
 
     run: Callable[[], Any]
@@ -133,15 +145,16 @@ class Program(NamedTuple):
     facts: Mapping[str, float]
 
 
-def stateful(function: Any, state: Any, *shared: Any, steps: int = 1) -> Program:
+def stateful(
+    compiled: jax.stages.Compiled,
+    state: Any,
+    *shared: Any,
+    steps: int = 1,
+    calls: int = 1,
+) -> Program:
     """A compiled program that hands its result, the state, to its next call."""
-    start = time.perf_counter()
-    compiled = function.lower(state, *shared).compile()
-    facts = {"compile_s": round(time.perf_counter() - start, 3)}
-    memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
-    if cost and "bytes accessed" in cost:  # not every backend says
-        facts["accessed_bytes"] = cost["bytes accessed"]
-    if memory is not None:
+    facts: dict[str, float] = {}
+    if (memory := compiled.memory_analysis()) is not None:  # not every backend says
         facts["peak_bytes"] = (
             memory.argument_size_in_bytes
             + memory.output_size_in_bytes
@@ -151,19 +164,59 @@ def stateful(function: Any, state: Any, *shared: Any, steps: int = 1) -> Program
 
     def run():
         nonlocal state
-        state = jax.block_until_ready(compiled(state, *shared))
+        for _ in range(calls):
+            state = jax.block_until_ready(compiled(state, *shared))
+        return state
 
     return Program(run, steps, facts)
 
 
 def stepping(
-    function: Any, params: optax.Params, method: Method, *shared: Any, steps: int = 1
+    function: Any,
+    params: optax.Params,
+    method: Method,
+    *shared: Any,
+    steps: int = 1,
+    loop: bool = False,
 ) -> Program:
-    """A program on parameters and the optimizer's state, whose size is a fact."""
-    opt_state = method.start(params)
-    size = sum(x.nbytes for x in jax.tree.leaves(opt_state))
-    program = stateful(function, (params, opt_state), *shared, steps=steps)
-    return program._replace(facts={**program.facts, "state_bytes": size})
+    """A program on parameters and the optimizer's state, and the facts of it."""
+    state = params, method.start(params)
+    start = time.perf_counter()
+    lowered = function.lower(state, *shared)
+    compiled = lowered.compile(compiler_options=dict(method.options))
+    facts: dict[str, float] = {
+        "compile_s": round(time.perf_counter() - start, 3),
+        "state_bytes": sum(x.nbytes for x in jax.tree.leaves(state[1])),
+        "copies": copies(compiled.as_text(), params, in_loop=loop),
+    }
+    cost = compiled.cost_analysis()
+    if cost and "bytes accessed" in cost:  # not every backend says
+        count = sum(x.size for x in jax.tree.leaves(params))
+        facts["accessed"] = round(cost["bytes accessed"] / count, 1)
+    calls = 1 if loop else steps
+    program = stateful(compiled, state, *shared, steps=steps, calls=calls)
+    return program._replace(facts={**facts, **program.facts})
+
+
+def copies(program: str, params: optax.Params, *, in_loop: bool = False) -> float:
+    """How often a compiled program copies the parameters, or arrays shaped like them.
+
+    Args:
+      program: optimized HLO.
+      params: the parameters.
+      in_loop: leave out what is done once, before and after the program's loop.
+
+    Returns:
+      Elements of the copies, by the number of parameters.
+    """
+    shapes = {x.shape for x in jax.tree.leaves(params)}
+    computations = program.split("\n\n")
+    if in_loop:
+        computations = [x for x in computations if not x.startswith("ENTRY")]
+    found = re.findall(r"= \w+\[([\d,]*)\]\S* copy\(", "\n".join(computations))
+    copied = (tuple(map(int, x.split(","))) for x in found if x)
+    total = sum(math.prod(shape) for shape in copied if shape in shapes)
+    return round(total / sum(x.size for x in jax.tree.leaves(params)), 2)
 
 
 def training(net: Net, method: Method) -> Program:
@@ -204,7 +257,9 @@ def training(net: Net, method: Method) -> Program:
         return jax.lax.fori_loop(0, net.steps, step, state)
 
     params = net.model.init(jax.random.key(0), jnp.zeros((1, *net.image_shape)))
-    return stepping(train, params, method, images, labels, steps=net.steps)
+    return stepping(
+        train, params, method, images, labels, steps=net.steps, loop=net.loop
+    )
 
 
 def updating(params: optax.Params, method: Method) -> Program:
@@ -247,9 +302,9 @@ def torch_training(net: Net) -> dict[str, Program]:
 
 
 def large_tree(size: int) -> optax.Params:
-    """About ``size`` parameters in matrices of 1024 × 4096."""
-    count = max(size // (1024 * 4096), 1)
-    return {str(i): jnp.full((1024, 4096), 0.1) for i in range(count)}
+    """About ``size`` parameters in matrices like a transformer's."""
+    count = max(size // math.prod(MATRIX), 1)
+    return {str(i): jnp.full(MATRIX, 0.1) for i in range(count)}
 
 
 def take_turns(
@@ -271,7 +326,8 @@ def take_turns(
 def copy_bandwidth(size: int = 2**28) -> float:
     """Bytes per second that this machine copies, read and written."""
     double = jax.jit(lambda x: x + 1, donate_argnums=0)
-    program = stateful(double, jnp.zeros(size // 4))
+    x = jnp.zeros(size // 4)
+    program = stateful(double.lower(x).compile(), x)
     times = take_turns({"copy": program}, 10)["copy"]
     return 2 * size / (float(np.median(times)) * 1e-3)
 
@@ -282,6 +338,9 @@ def run(config: Config) -> None:
     jax.config.update("jax_enable_compilation_cache", False)  # to time compilation
     todo: dict[str, Callable[[Config], dict[str, Any]]] = {
         name: functools.partial(time_net, name) for name in config.nets
+    }
+    todo |= {
+        f"{name}, {CALLS}": functools.partial(time_calls, name) for name in config.nets
     }
     if config.convolutions:
         todo["convolutions"] = time_convolutions
@@ -310,6 +369,14 @@ def time_net(name: str, config: Config) -> dict[str, Any]:
     net = NETS[name]
     programs = {k: training(net, method) for k, method in methods().items()}
     programs |= torch_training(net)
+    found = measure(programs, config.repetitions)
+    return found | {"batch_size": net.batch_size}
+
+
+def time_calls(name: str, config: Config) -> dict[str, Any]:
+    """The same steps, each a call that gives its state back."""
+    net = NETS[name]._replace(loop=False)
+    programs = {k: training(net, method) for k, method in methods().items()}
     found = measure(programs, config.repetitions)
     return found | {"batch_size": net.batch_size}
 
@@ -405,12 +472,16 @@ def medians(times: Mapping[str, list[float]]) -> dict[str, Any]:
 def table(summary: Mapping[str, Any]) -> str:
     """A row a method of what was timed.
 
-    "of copy" is the bandwidth by the bytes that must move, over that of a copy.
+    "B/param" are bytes accessed, "copies" those of all parameters in a step, both as
+    compiled; "of copy" is the bandwidth by the bytes that must move, over
+    that of a copy.
     """
     kinds = {
         "ms": ("ms", 1, ".3f"),
         "× plain": ("to_plain", 1, ".2f"),
         "× wrapper": ("to_wrapper", 1, ".2f"),
+        "B/param": ("accessed", 1, ".0f"),
+        "copies": ("copies", 1, ".0f"),
         "images/s": ("examples_per_s", 1, ".0f"),
         "of copy": ("of_copy_bandwidth", 1, ".2f"),
         "compile s": ("compile_s", 1, ".1f"),

@@ -1,16 +1,19 @@
 """The benchmark measures what it says; nothing here depends on how long it takes."""
 
+import functools
 import importlib.util
 import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import si_jax
 from experiments import benchmark, command
 from si_jax.data import Examples
+from si_jax.models import MLP
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("torch"), reason="no PyTorch here")
@@ -113,27 +116,101 @@ def test_methods_are_timed_where_synaptic_intelligence_pulls():
             assert si_jax.synapses(state).importance["w"].shape == (2, 2)
 
 
-def test_the_command(tmp_path, capsys):
+def test_copies_are_those_of_whole_parameters():
+    program = """%body (x: f32[4,2]) -> f32[4,2] {
+  %a = f32[4,2]{1,0} copy(%x)
+  %b = f32[2]{0} copy(%y), metadata={op_name="step"}
+  %c = bf16[4,2]{1,0} copy(%x)
+  %d = f32[64,2]{1,0} copy(%activations)
+  %e = f32[] copy(%scalar)
+}
+
+ENTRY %main (x: f32[4,2]) -> f32[4,2] {
+  %f = f32[4,2]{1,0} copy(%x)
+}"""
+    params = {"w": jnp.ones((4, 2)), "b": jnp.ones(2)}
+    assert benchmark.copies(program, params, in_loop=True) == 18 / 10
+    assert benchmark.copies(program, params) == 26 / 10
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    """A network of 1,000 parameters, in a loop and step by step."""
+    return benchmark.Net(MLP((20,), 10), (6, 6, 1), batch_size=4, steps=3)
+
+
+@pytest.mark.parametrize("loop", [True, False])
+def test_a_program_takes_its_steps_and_says_what_it_copies(tiny, loop):
+    net = tiny._replace(loop=loop)
+    found = benchmark.methods()
+    with jax.numpy_dtype_promotion("standard"):
+        programs = {
+            name: benchmark.training(net, found[name])
+            for name in ("adam", "link", "link, region analysis")
+        }
+    accessed, copied = (
+        {name: program.facts[fact] for name, program in programs.items()}
+        for fact in ("accessed", "copies")
+    )
+    assert copied["adam"] < 0.3  # the small kernel, transposed
+    assert copied["link, region analysis"] <= copied["adam"] + 1 < copied["link"]
+    assert accessed["adam"] < accessed["link, region analysis"] < accessed["link"]
+    assert programs["adam"].steps == 3
+    state = programs["adam"].run()
+    assert optax.tree.get(state, "count") == 3
+
+
+@pytest.fixture(scope="module")
+def updates():
+    """The programs of an update, of a tree of 4,096 parameters."""
+    params = {str(i): jnp.full((32, 64), 0.1) for i in range(2)}
+    with jax.numpy_dtype_promotion("standard"):
+        return {
+            name: benchmark.updating(params, method)
+            for name, method in benchmark.methods().items()
+        }
+
+
+def test_facts_of_an_update(updates):
+    facts = {name: program.facts for name, program in updates.items()}
+    size = {name: x["state_bytes"] // 4096 for name, x in facts.items()}
+    assert list(size.values()) == [8, 8 + 12, 8 + 8, 8 + 20, 8 + 20]
+    for name, x in facts.items():  # θ and the gradient besides
+        assert x["peak_bytes"] >= (size[name] + 8) * 4096
+        assert x["accessed"] >= size[name] + 8
+
+
+def test_the_command(tmp_path, capsys, monkeypatch, tiny):
+    monkeypatch.setitem(benchmark.NETS, "split MNIST", tiny)
+    monkeypatch.setitem(benchmark.NETS, "permuted MNIST", tiny)
+    monkeypatch.setattr(benchmark, "torch_training", lambda _: {})
+    monkeypatch.setattr(benchmark, "MATRIX", (32, 64))
+    copied = functools.partial(benchmark.copy_bandwidth, 2**16)
+    monkeypatch.setattr(benchmark, "copy_bandwidth", copied)
+    some = {k: benchmark.methods()[k] for k in ("adam", "wrapper")}
+    monkeypatch.setattr(benchmark, "methods", lambda: some)
     config = benchmark.Config(
         out=tmp_path,
         nets=("split MNIST",),
         convolutions=False,
         repetitions=2,
-        large=5_000_000,
+        large=5_000,
     )
     with jax.numpy_dtype_promotion("standard"):
         benchmark.run(config)
     record = json.loads((tmp_path / "results.json").read_text())
-    assert list(record["runs"]) == ["split MNIST", "update", "large tree"]
-    assert record["runs"]["large tree"]["parameters"] == 1024 * 4096
+    assert list(record["runs"]) == [
+        "split MNIST",
+        "split MNIST, step by step",
+        "update",
+        "large tree",
+    ]
+    assert record["runs"]["large tree"]["parameters"] == 2 * 32 * 64
     assert benchmark.table(record["summary"]) in capsys.readouterr().out
     assert (tmp_path / "benchmark.png").stat().st_size > 10_000
-    large = record["summary"]["large tree"]
-    size = {name: x["state_bytes"] // (1024 * 4096) for name, x in large.items()}
-    assert list(size.values()) == [8, 8 + 12, 8 + 8, 8 + 20]
-    for name, x in large.items():  # θ and the gradient besides
-        assert x["peak_bytes"] >= (size[name] + 8) * 1024 * 4096
-        assert x["accessed_bytes"] >= (size[name] + 8) * 1024 * 4096
+    for found in record["summary"].values():
+        assert list(found) == list(some)
+    for x in record["summary"]["large tree"].values():
         assert x["of_copy_bandwidth"] > 0
 
 
