@@ -56,15 +56,18 @@ class Record:
             raise UserError(f"cannot write to --out {self.folder}: {error}") from error
         entries = _jsonable(dataclasses.asdict(config))
         self._left_out = {*PLACES, *config.PICKS}
+        self._defaults = _jsonable(
+            {field.name: field.default for field in dataclasses.fields(config)}
+        )
         settings = {k: v for k, v in entries.items() if k not in self._left_out}
         head = {"experiment": experiment, "config": settings}
+        finished = self._read("results.json") or {"runs": {}, "summary": {}}
+        self._refuse_another({**head, **finished}, head)
         started = self._read("config.json")
         if started is None:
             started = {**head, "versions": versions()}
             self.write("config.json", readable(started))
         self._refuse_another(started, head)
-        finished = self._read("results.json") or {"runs": {}, "summary": {}}
-        self._refuse_another({**head, **finished}, head)
         self.content = {**started, **finished, "config": settings}
         _wait_for_all("all have read")
 
@@ -192,7 +195,8 @@ class Record:
         if there.get("experiment") != here["experiment"]:
             difference = f"another experiment, {there.get('experiment')}"
         else:
-            old, new = there.get("config", {}), here["config"]
+            # What a record does not name was not there yet to be set.
+            old, new = self._defaults | there.get("config", {}), here["config"]
             difference = ", ".join(
                 f"{key}: {old.get(key)} there, {new.get(key)} now"
                 for key in {**old, **new}

@@ -15,7 +15,7 @@ from experiments.driver import Method
 from experiments.record import Record, is_first, over_seeds, table
 from si_jax import data, figures, tasks
 from si_jax.models import MLP
-from si_jax.train import Learner, consolidate, learner, reset
+from si_jax.train import Boundary, Learner, consolidate, learner, reset
 
 GROUPS = [(0, 1), (2, 3), (4, 5), (6, 7), (8, 9)]
 TITLES = [f"{a} or {b}" for a, b in GROUPS]
@@ -40,10 +40,14 @@ class Setting(command.Options):
     """Start the output layer at zero, as the authors do."""
     reset_optimizer: bool = True
     """Start each task with a fresh optimizer."""
+    keep_count: bool = False
+    """Keep Adam's step count at a task's start, as the authors' code does."""
 
     def __post_init__(self):
         """Refuse values that make no sense."""
         self.check(positive=("learning_rate",), at_least_1=("epochs", "batch_size"))
+        if self.keep_count and not self.reset_optimizer:
+            raise ValueError("keep_count needs reset_optimizer")
         if min(self.hidden, default=1) < 1:
             raise ValueError(f"hidden widths must be at least 1, got {self.hidden}")
 
@@ -90,7 +94,8 @@ def methods(config: Config) -> dict[str, Method]:
         f"si c={c:g}" if c else "fine-tuning": Method(adam, c) for c in config.strengths
     }
     if config.sgd_learning_rate:
-        sgd = make_learner(config, optax.sgd(config.sgd_learning_rate))
+        plain = dataclasses.replace(config, keep_count=False)  # SGD has no count
+        sgd = make_learner(plain, optax.sgd(config.sgd_learning_rate))
         arms["sgd"] = Method(sgd)
     return arms
 
@@ -103,13 +108,15 @@ def make_learner(
 
     def make(strength: jax.Array, damping: jax.Array) -> Learner:
         tx = si_jax.with_synaptic_intelligence(inner, strength, damping)
-        fresh = [reset(tx)] if config.reset_optimizer else []
+        boundary: list[Boundary] = [consolidate]
+        if config.reset_optimizer:
+            boundary.append(reset(tx, keep_count=config.keep_count))
         return learner(
             model,
             tx,
             (28, 28, 1),
             batch_size=config.batch_size,
-            boundary=[consolidate, *fresh],
+            boundary=boundary,
         )
 
     return make
@@ -129,7 +136,8 @@ def make_problem(config: Setting, held_out: float = 0.0) -> driver.Problem:
 
 def run(config: Config) -> None:
     """Run every method that is not finished, then print and draw all of them."""
-    record = Record("split_mnist", config, default=config.data)
+    folder = config.data + "-keep-count" * config.keep_count
+    record = Record("split_mnist", config, default=folder)
     driver.run_methods(config, methods(config), make_problem, record)
     if is_first():
         report(config, record)
@@ -146,7 +154,8 @@ def report(config: Config, record: Record) -> None:
         print(table(record.runs, split, TITLES))
     seconds = ", ".join(f"{k} {v['seconds']:.0f} s" for k, v in record.runs.items())
     print(f"\nTook {seconds}. Everything is in {record.folder}.")
-    record.save("split_mnist", figure(record.runs, name))
+    reset = ", the authors' reset of Adam" * config.keep_count
+    record.save("split_mnist", figure(record.runs, name + reset))
 
 
 def figure(runs: dict[str, Any], name: str) -> Figure:

@@ -66,6 +66,7 @@ def test_a_missing_file_is_named():
         ("seeds = 0", [], "seeds must be at least 1, got 0"),
         ("hidden = [8, 0]", [], "hidden widths must be at least 1"),
         ("", ["--epochs", "many"], "--epochs"),
+        ("", ["--keep-count", "--no-reset-optimizer"], "keep_count needs"),
         ("", ["--strengths", "0.1", "0.10000001"], "must be one or more, and differ"),
         ("strengths = []", [], "must be one or more, and differ"),
         ("", ["--epoch", "3"], "--epochs"),

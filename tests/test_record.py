@@ -48,6 +48,20 @@ def test_results_of_another_configuration_are_refused_without_config_json(tmp_pa
         Record("e", Config(out=tmp_path, epochs=4))
 
 
+def test_a_setting_that_a_record_does_not_know_is_its_default(tmp_path):
+    Record("e", Config(out=tmp_path)).add("si", RUN)
+    path = tmp_path / "results.json"
+    content = json.loads(path.read_text())
+    del content["config"]["epochs"]
+    path.write_text(json.dumps(content))
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(UserError, match="epochs: 3 there, 4 now"):
+        Record("e", Config(out=tmp_path, epochs=4))
+    record = Record("e", Config(out=tmp_path))
+    assert list(record.runs) == ["si"]
+    assert record.content["config"] == {"epochs": 3, "strengths": [1.0]}
+
+
 def test_a_method_finished_under_other_versions_says_so(tmp_path, monkeypatch):
     record = Record("e", Config(out=tmp_path))
     record.add("before", RUN)
