@@ -5,7 +5,7 @@ Ten tasks, the digits seen through ten permutations of their pixels, for one rea
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import jax
@@ -38,6 +38,14 @@ from si_jax.train import (
 )
 
 Name = Literal["si", "fine-tuning", "ewc", "sgd", "sgd+dropout", "joint", "single"]
+# The authors' data (https://github.com/ganguli-lab/pathint), one seed, after each task.
+PUBLISHED = {
+    "si c=0.1": [
+        *(0.9830, 0.9832, 0.9827, 0.9799, 0.9789),
+        *(0.9777, 0.9756, 0.9746, 0.9712, 0.9694),
+    ],
+    "fine-tuning": [np.nan] * 9 + [0.5741],
+}
 TRAIN_EVALUATED = 10_000  # of each task's training examples, to evaluate on
 
 
@@ -254,7 +262,7 @@ def report(config: Config, record: Record) -> None:
         f"\nPermuted {name}: test accuracy, average over the tasks so far, "
         + over_seeds(runs)
     )
-    print(table(runs))
+    print(table(runs, published(config)))
     correlated = {k: hidden_layers(v) for k, v in runs.items() if "correlations" in v}
     if correlated and config.tasks > 1:
         for which, measure in CORRELATIONS.items():
@@ -264,7 +272,7 @@ def report(config: Config, record: Record) -> None:
     seconds = ", ".join(f"{k} {v['seconds']:.0f} s" for k, v in runs.items())
     print(f"\nTook {seconds}. Everything is in {record.folder}.")
     if so_far(runs):
-        record.save("permuted_mnist", figure(runs, name))
+        record.save("permuted_mnist", figure(runs, name, published(config)))
 
 
 def so_far(runs: dict[str, Any]) -> dict[str, np.ndarray]:
@@ -276,8 +284,16 @@ def so_far(runs: dict[str, Any]) -> dict[str, np.ndarray]:
     }
 
 
-def table(runs: dict[str, Any]) -> str:
-    """A row a number of tasks learned, a column a method."""
+def published(config: Config) -> dict[str, list[float]]:
+    """The authors' data, beside a run of their length."""
+    paper = config.data == "tfds" and (config.tasks, config.epochs) == (10, 20)
+    return PUBLISHED if paper and not config.held_out else {}
+
+
+def table(
+    runs: dict[str, Any], published: Mapping[str, Sequence[float]] | None = None
+) -> str:
+    """A row a number of tasks learned, a column a method; the authors' data beside."""
     count = max(np.shape(run["test"])[2] for run in runs.values())
     columns = [["tasks", *map(str, range(1, count + 1))]]
     for method, run in runs.items():
@@ -289,7 +305,12 @@ def table(runs: dict[str, Any]) -> str:
         else:
             cells = [cell(values) for values in so_far({method: run})[method].T]
         columns.append([method, *cells])
-    return aligned([*zip(*columns, strict=True), *seeds_row(runs)])
+    theirs = {k: x for k, x in (published or {}).items() if k in runs}
+    for method, values in theirs.items():
+        cells = ["" if np.isnan(x) else f"{x:.4f}" for x in values]
+        columns.append([f"authors' {method}", *cells])
+    counts = [[*row, *([""] * len(theirs))] for row in seeds_row(runs)]
+    return aligned([*zip(*columns, strict=True), *counts])
 
 
 def correlation_table(
@@ -306,7 +327,11 @@ def correlation_table(
     return aligned(list(zip(tasks, *columns, strict=True)))
 
 
-def figure(runs: dict[str, Any], name: str) -> Figure:
+def figure(
+    runs: dict[str, Any],
+    name: str,
+    published: Mapping[str, Sequence[float]] | None = None,
+) -> Figure:
     """Fig. 4 of the finished methods, on the test set."""
     controls = {
         method: np.asarray(metrics.average_accuracy(runs[method]["test"]))
@@ -316,6 +341,7 @@ def figure(runs: dict[str, Any], name: str) -> Figure:
     return figures.average_accuracy(
         so_far(runs),
         **controls,
+        published=published,
         suptitle=f"Permuted {name}\ntest accuracy, {over_seeds(runs)}",
     )
 

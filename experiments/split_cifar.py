@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import jax
@@ -29,6 +29,13 @@ from si_jax.models import CNN
 from si_jax.train import Learner, consolidate, learner, reset
 
 Name = Literal["si", "fine-tuning", "from scratch"]
+# The authors' data (https://github.com/ganguli-lab/pathint), five seeds; of c = 0.01
+# they give the mean over the tasks alone, 0.735.
+PUBLISHED = {
+    "si c=0.1": [0.783, 0.743, 0.682, 0.719, 0.670, 0.725],
+    "fine-tuning": [0.459, 0.549, 0.570, 0.687, 0.675, 0.810],
+    "from scratch": [0.804, 0.690, 0.647, 0.733, 0.679, 0.713],
+}
 TRAIN_EVALUATED = 2000  # of each task's training examples, to evaluate on
 
 
@@ -187,14 +194,29 @@ def report(config: Config, record: Record) -> None:
             f"\n{name.capitalize()} accuracy after all tasks, "
             + over_seeds(record.runs)
         )
-        print(table(record.runs, split, titles(config)))
+        theirs = published(config) if split == "test" else {}
+        print(table(record.runs, split, titles(config), theirs))
     seconds = ", ".join(f"{k} {v['seconds']:.0f} s" for k, v in record.runs.items())
     print(f"\nTook {seconds}. Everything is in {record.folder}.")
     record.save("split_cifar", figure(record.runs, config))
 
 
-def table(runs: dict[str, Any], split: str, titles: list[str]) -> str:
-    """A row a task and their mean; a column a method, and what it gains on scratch."""
+def published(config: Config) -> dict[str, list[float]]:
+    """The authors' data, beside a run of their length."""
+    whole = not (config.examples or config.held_out) and config.epochs == 60
+    return PUBLISHED if whole and config.data == "cifar10-100" else {}
+
+
+def table(
+    runs: dict[str, Any],
+    split: str,
+    titles: list[str],
+    published: Mapping[str, Sequence[float]] | None = None,
+) -> str:
+    """A row a task and their mean; a column a method, and what it gains on scratch.
+
+    The authors' data, ``(tasks,)`` of a method, beside.
+    """
     columns = [["", *(title.replace("\n", " ") for title in titles), "mean"]]
     values = {method: final(run, method, split) for method, run in runs.items()}
     for method, accuracy in values.items():
@@ -206,6 +228,10 @@ def table(runs: dict[str, Any], split: str, titles: list[str]) -> str:
                 gain = accuracy.mean(0) - scratch
                 cells = [f"{x:+.3f}" for x in (*gain, gain.mean())]
                 columns.append([f"{method} − scratch", *cells])
+    for method, accuracies in (published or {}).items():
+        if method in runs:
+            cells = [f"{x:.3f}" for x in (*accuracies, np.mean(accuracies))]
+            columns.append([f"authors' {method}", *cells])
     gains = [""] * (len(columns) - 1 - len(runs))
     counts = [[*row, *gains] for row in seeds_row(runs)]
     return aligned([*zip(*columns, strict=True), *counts])
@@ -226,6 +252,7 @@ def figure(runs: dict[str, Any], config: Config) -> Figure:
         bars,
         titles(config),
         chance=1 / len(groups(config)[0]),
+        published=published(config),
         suptitle=f"Split {shown} after all tasks, {reset}, " + over_seeds(runs, "SD"),
     )
 

@@ -163,6 +163,7 @@ def final_accuracy(
     titles: Sequence[str],
     *,
     chance: float,
+    published: Mapping[str, Sequence[float]] | None = None,
     suptitle: str | None = None,
 ) -> Figure:
     """Fig. 6: each task's accuracy after all of them, as grouped bars.
@@ -171,6 +172,8 @@ def final_accuracy(
       bars: for each panel and method, accuracies ``(seeds, tasks)``.
       titles: a title for each task.
       chance: the accuracy of guessing.
+      published: a method's accuracies ``(tasks,)`` that its authors found, for the
+        first panel: diamonds on its bars.
       suptitle: a line over the figure.
 
     Returns:
@@ -189,12 +192,16 @@ def final_accuracy(
         panels = figure.subplots(
             len(bars), 1, sharex=True, sharey=True, squeeze=False
         ).ravel()
+        authors: list[tuple[np.ndarray, Sequence[float]]] = []
         for panel, (label, methods) in zip(panels, bars.items(), strict=True):
             width = 0.8 / len(methods)
             for i, (method, values) in enumerate(methods.items()):
                 accuracy = np.asarray(values)
+                places = np.arange(len(titles)) + (i - (len(methods) - 1) / 2) * width
+                if panel is panels[0] and method in (published or {}):
+                    authors.append((places, (published or {})[method]))
                 panel.bar(
-                    np.arange(len(titles)) + (i - (len(methods) - 1) / 2) * width,
+                    places,
                     accuracy.mean(0),
                     width,
                     yerr=accuracy.std(0, ddof=1) if len(accuracy) > 1 else None,
@@ -204,12 +211,17 @@ def final_accuracy(
                 )
             panel.axhline(chance, color="0.3", ls=":", linewidth=1, label="chance")
             panel.set_ylabel(label)
+        if authors:
+            places, values = map(np.concatenate, zip(*authors, strict=True))
+            panels[0].plot(
+                places, values, "D", color="k", mfc="w", ms=3.5, label="authors' data"
+            )
         panels[-1].set_xticks(range(len(titles)), titles)
         figure.suptitle(suptitle or "", fontsize=STYLE["font.size"])
         figure.legend(
             *panels[0].get_legend_handles_labels(),
             loc="outside lower center",
-            ncols=min(len(panels[0].containers) + 1, 5),
+            ncols=min(len(panels[0].containers) + 1 + bool(authors), 4),
             frameon=False,
         )
     return figure
@@ -220,6 +232,7 @@ def average_accuracy(
     *,
     single: ArrayLike | None = None,
     joint: ArrayLike | None = None,
+    published: Mapping[str, ArrayLike] | None = None,
     suptitle: str | None = None,
 ) -> Figure:
     """Fig. 4: accuracy, averaged over the tasks so far, against their number.
@@ -230,6 +243,8 @@ def average_accuracy(
         line.
       joint: ``(seeds,)``, accuracy of networks that learn all tasks at once, a dashed
         line.
+      published: a method's ``(tasks,)`` that its authors found, NaN where they do not
+        say: crosses in its colour.
       suptitle: a line over the figure.
 
     Returns:
@@ -265,6 +280,16 @@ def average_accuracy(
                     alpha=0.2,
                     linewidth=0,
                 )
+                if name in (published or {}):
+                    theirs = np.asarray((published or {})[name])
+                    panel.plot(
+                        np.arange(1, len(theirs) + 1),
+                        theirs,
+                        "x",
+                        color=line.get_color(),
+                    )
+        if set(published or {}) & set(curves):
+            whole.plot([], [], "kx", label="authors' data")
         for panel in (zoom, whole):
             for control, label, style in (
                 (joint, "all tasks at once", "--"),

@@ -72,7 +72,7 @@ def test_every_method_runs_and_more_can_be_added(config, tmp_path, capsys):
 def test_the_figure_names_its_data(config, tmp_path, monkeypatch):
     names = []
 
-    def figure(_runs, name):
+    def figure(_runs, name, _published):
         names.append(name)
         return Figure()
 
@@ -142,6 +142,23 @@ def test_table_puts_the_controls_where_they_belong():
         "1      0.9000          0.9000",
         "2      0.6000  0.6000",
     ]
+
+
+def test_the_authors_data_stand_beside_a_run_of_their_length():
+    theirs = permuted_mnist.published(permuted_mnist.Config())
+    assert len(theirs["si c=0.1"]) == len(theirs["fine-tuning"]) == 10
+    for other in ({"epochs": 3}, {"tasks": 5}, {"data": "mnist5k"}, {"held_out": 0.1}):
+        assert permuted_mnist.published(permuted_mnist.Config(**other)) == {}
+    run = {"test": np.full((1, 10, 10), 0.5)}
+    first, *_, last = permuted_mnist.table(
+        {"fine-tuning": run, "sgd": {"test": np.full((2, 10, 10), 0.5)}}, theirs
+    ).splitlines()
+    assert first.split() == ["tasks", "fine-tuning", "sgd", "authors'", "fine-tuning"]
+    assert last.split() == ["n", "1", "2"]
+    curves = {"si c=0.1": np.full((2, 10), 0.9)}
+    figure = figures.average_accuracy(curves, published=theirs)
+    crosses = [line for line in figure.axes[1].lines if line.get_marker() == "x"]
+    np.testing.assert_array_equal(crosses[0].get_ydata(), theirs["si c=0.1"])
 
 
 def test_correlation_with_the_earlier_tasks():

@@ -140,6 +140,23 @@ def test_figure_6_has_bars_deviations_and_chance():
     assert panels[0].get_ylim() == panels[1].get_ylim()
 
 
+def test_the_authors_data_stand_beside_a_run_of_their_length():
+    theirs = split_cifar.published(split_cifar.Config())
+    means = {method: round(np.mean(x), 3) for method, x in theirs.items()}
+    assert means == {"si c=0.1": 0.72, "fine-tuning": 0.625, "from scratch": 0.711}
+    for other in ({"epochs": 3}, {"examples": 9}, {"data": "cifar10"}):
+        assert split_cifar.published(split_cifar.Config(**other)) == {}
+    run = {"test": np.full((1, 6, 6), 0.5)}
+    titles = split_cifar.titles(split_cifar.Config())
+    rows = split_cifar.table({"fine-tuning": run}, "test", titles, theirs).splitlines()
+    assert rows[1].split() == ["CIFAR-10", "0.5000", "0.459"]
+    assert rows[-1].split() == ["mean", "0.5000", "0.625"]
+    bars = {"Validation": {"fine-tuning": np.full((1, 6), 0.5)}}
+    figure = figures.final_accuracy(bars, titles, chance=0.1, published=theirs)
+    (diamonds,) = [x for x in figure.axes[0].lines if x.get_marker() == "D"]
+    np.testing.assert_array_equal(diamonds.get_ydata(), theirs["fine-tuning"])
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
