@@ -11,6 +11,7 @@ from matplotlib.patches import Rectangle
 from numpy.typing import ArrayLike
 
 from si_jax import metrics
+from si_jax.diagnosis import Diagnosis
 
 STYLE: dict[Any, Any] = {
     "font.size": 9,
@@ -406,4 +407,36 @@ def correlations(matrices: Mapping[str, Mapping[str, ArrayLike]]) -> Figure:
                     panel.set_xlabel("Task")
             panels[i, 0].set_ylabel(f"{method}\nTask")
         figure.colorbar(image, ax=panels, label="Correlation of ω", shrink=0.8)
+    return figure
+
+
+def diagnosis(report: Diagnosis) -> Figure:
+    """Which leaves are held, and what holding them costs: a bar for each.
+
+    Args:
+      report: from :func:`si_jax.diagnose`.
+
+    Returns:
+      Two panels: each leaf's share of ΣΩ, and its part of the surrogate loss.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, si_jax
+      >>> from si_jax import figures
+      >>> tx = si_jax.with_synaptic_intelligence(optax.sgd(0.1))
+      >>> params = {"body": jnp.ones(2), "head": jnp.ones(3)}
+      >>> figure = figures.diagnosis(si_jax.diagnose(tx.init(params), params))
+      >>> print([text.get_text() for text in figure.axes[0].get_yticklabels()])
+      ['body', 'head']
+    """
+    names = list(report.share)
+    columns = {"Share of ΣΩ": report.share, "Penalty": report.penalty}
+    with matplotlib.rc_context(STYLE):
+        size = (6.5, 0.22 * len(names) + 0.8)
+        figure = Figure(figsize=size, layout="constrained")
+        panels = figure.subplots(1, len(columns), sharey=True)
+        for panel, (label, column) in zip(panels, columns.items(), strict=True):
+            panel.barh(range(len(names)), [float(column[name]) for name in names])
+            panel.set_xlabel(label)
+        panels[0].set_yticks(range(len(names)), names)
+        panels[0].invert_yaxis()
     return figure

@@ -1,0 +1,349 @@
+"""Importance from elsewhere, the unbiased path integral, and what is held how hard."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from problem import FORMS, OPTIMIZERS, init, lenient, train
+
+import si_jax
+from si_jax import ewc, figures, theory
+
+SGD = optax.sgd(0.05)
+forms = pytest.mark.parametrize("form", FORMS)
+
+
+def make(form, inner=SGD, **kwargs):
+    return FORMS[form](inner, 0.5, 0.01, **kwargs)
+
+
+def squares(tree):
+    return jax.tree.map(jnp.square, tree)
+
+
+def shifted(tree):
+    return jax.tree.map(lambda x: x + 0.5, tree)
+
+
+# --- Importance from elsewhere --------------------------------------------------------
+
+
+@forms
+def test_adding_a_fisher_information_is_ewc_with_one_task(form):
+    params, fisher = init(), squares(init())
+    elastic = optax.chain(ewc.elastic_weight_consolidation(0.5), OPTIMIZERS["adam"])
+    held = make(form, OPTIMIZERS["adam"])
+
+    class Started:
+        """An optimizer whose first state is not ``init``'s."""
+
+        def __init__(self, tx, opt_state):
+            self.update, self.init = tx.update, lambda _: opt_state
+
+    elastic = Started(elastic, ewc.consolidate(elastic.init(params), params, fisher))
+    held = Started(held, si_jax.add_importance(held.init(params), fisher))
+    ends = [
+        train(tx, params, tasks=1, boundary=lambda _tx, s, _params: s)
+        for tx in (elastic, held)
+    ]
+    chex.assert_trees_all_close(ends[0][0][1], ends[1][0][1], rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+@forms
+def test_importance_is_added_and_nothing_else_changes(form, dtype):
+    tx = make(form, state_dtype=dtype)
+    ((_, params, opt_state),) = train(tx, init(), tasks=1, steps=3)
+    more = squares(params)
+    after = jax.jit(si_jax.add_importance)(opt_state, more)
+    before, now = map(si_jax.synapses, (opt_state, after))
+    expected = jax.tree.map(
+        lambda a, b: (a.astype(jnp.float32) + b).astype(a.dtype),
+        before.importance,
+        more,
+    )
+    chex.assert_trees_all_equal(now.importance, expected, strict=True)
+    restored = jax.tree.map(
+        lambda old, new, same: old if same else new,
+        opt_state,
+        after,
+        optax.tree.set(
+            jax.tree.map(lambda _: True, opt_state),
+            importance=jax.tree.map(lambda _: False, before.importance),
+        ),
+    )
+    chex.assert_trees_all_equal(restored, after, strict=True)
+
+
+@forms
+def test_importance_goes_where_its_parameters_are_remembered(form):
+    parts = {"bias": make(form), "kernel": make(form), "free": SGD}
+    tx = lenient(
+        optax.MultiSteps(
+            optax.partition(parts, {"bias": "bias", "kernel": "kernel", "out": "free"}),
+            1,
+        ).gradient_transformation()
+    )
+    params = init() | {"out": jnp.ones(2)}
+    more = squares(params)
+    opt_state = si_jax.add_importance(tx.init(params), more)
+    report = si_jax.diagnose(opt_state, params)
+    assert list(report.importance) == ["bias", "kernel"]
+    for name, total in report.importance.items():
+        np.testing.assert_allclose(total, more[name].sum(), rtol=1e-6)
+
+
+@forms
+def test_importance_in_an_nnx_optimizer(form):
+    model = nnx.Linear(4, 3, rngs=nnx.Rngs(0))
+    optimizer = nnx.Optimizer(model, make(form), wrt=nnx.Param)
+    params = nnx.state(model, nnx.Param)
+    optimizer.opt_state = si_jax.add_importance(optimizer.opt_state, squares(params))
+    report = jax.jit(si_jax.diagnose)(optimizer.opt_state, shifted(params))
+    assert list(report.penalty) == ["bias", "kernel"]
+    expected = 0.5 * 0.25 * jnp.square(params["kernel"][...]).sum()
+    np.testing.assert_allclose(report.penalty["kernel"], expected, rtol=1e-5)
+    optimizer.update(model, params)
+
+
+@forms
+def test_bad_importances_are_named(form):
+    tx, params = make(form), init()
+    opt_state = tx.init(params)
+    ones = jax.tree.map(jnp.ones_like, params)
+    for wrong, message in (
+        (
+            ones | {"bias": jnp.array([1, -1e-9, 0])},
+            r"\['bias'\] is negative.*at least 0",
+        ),
+        (ones | {"kernel": jnp.full((4, 3), jnp.nan)}, r"\['kernel'\] is not finite"),
+        (ones | {"kernel": jnp.full((4, 3), jnp.inf)}, r"\['kernel'\] is not finite"),
+        ({"bias": ones["bias"]}, r"\['kernel'\] is missing"),
+        (ones | {"bias": jnp.ones(2)}, r"\['bias'\] has shape \(2,\)"),
+        (ones | {"head": jnp.ones(2)}, r"\['head'\] is unknown"),
+    ):
+        with pytest.raises(ValueError, match="importance" + message):
+            si_jax.add_importance(opt_state, wrong)
+    both = optax.chain(tx, ewc.elastic_weight_consolidation(1.0)).init(params)
+    for call in (si_jax.add_importance, si_jax.diagnose):
+        with pytest.raises(ValueError, match=r"params\['bias'\] more than once.*part"):
+            call(both, ones)
+        with pytest.raises(ValueError, match="no Synaptic Intelligence and no EWC"):
+            call(SGD.init(params), ones)
+        call(both[1], ones)
+
+
+# --- Diagnosis ------------------------------------------------------------------------
+
+
+@forms
+def test_a_diagnosis_adds_up(form):
+    tx = make(form)
+    *_, (_, params, opt_state) = train(tx, init(), tasks=2, steps=5)
+    _, opt_state = tx.update(params, opt_state, params)
+    params = shifted(params)
+    _, opt_state = tx.update(params, opt_state, params)
+    report = jax.jit(si_jax.diagnose)(opt_state, params)
+    memory = si_jax.synapses(opt_state)
+    assert list(report.share) == ["bias", "kernel"]
+    np.testing.assert_allclose(
+        sum(report.penalty.values()),
+        si_jax.surrogate_loss(opt_state, params),
+        rtol=1e-6,
+    )
+    np.testing.assert_allclose(sum(report.share.values()), 1, rtol=1e-6)
+    for name in report.share:
+        omega = memory.importance[name]
+        np.testing.assert_allclose(report.importance[name], omega.sum(), rtol=1e-6)
+        assert report.max_importance[name] == omega.max()
+        np.testing.assert_allclose(
+            report.path_integral[name], memory.path_integral[name].sum(), rtol=1e-6
+        )
+        moved = params[name] - memory.reference[name]
+        np.testing.assert_allclose(
+            report.displacement[name], jnp.sqrt(jnp.mean(moved**2)), rtol=1e-6
+        )
+
+
+def test_a_diagnosis_before_the_first_task_has_ended_and_of_ewc():
+    params = {"w": jnp.ones(2)}
+    report = si_jax.diagnose(make("link").init(params), params)
+    assert report.share["w"] == report.penalty["w"] == report.displacement["w"] == 0
+    elastic = ewc.elastic_weight_consolidation(2.0)
+    opt_state = ewc.consolidate(elastic.init(params), params, {"w": jnp.ones(2)})
+    report = si_jax.diagnose(opt_state, shifted(params))
+    assert report.path_integral == {}
+    np.testing.assert_allclose(report.penalty["w"], 2 * 2 * 0.25)
+    assert str(report).splitlines()[1].split() == ["w", "2", "1", "1", "1", "0.5"]
+
+
+def test_a_diagnosis_of_several_networks():
+    tx, params = make("wrapper"), jnp.array([[1.0, 2.0], [3.0, 4.0]])
+    opt_state = jax.vmap(tx.init)(params)
+    opt_state = jax.vmap(si_jax.add_importance)(opt_state, params)
+    report = jax.vmap(si_jax.diagnose)(opt_state, params + 1)
+    np.testing.assert_allclose(report.importance["params"], [3, 7])
+    np.testing.assert_allclose(report.penalty["params"], [1.5, 3.5])
+    assert "Diagnosis(" in str(report)
+    with pytest.raises(ValueError, match="batched"):
+        si_jax.diagnose(opt_state, params)
+
+
+def test_the_figure_has_a_bar_for_each_leaf():
+    tx, params = make("wrapper"), {"a": {"w": jnp.ones(2)}, "b": jnp.ones(1)}
+    opt_state = si_jax.add_importance(tx.init(params), params)
+    report = si_jax.diagnose(opt_state, shifted(params))
+    share, penalty = figures.diagnosis(report).axes
+    np.testing.assert_allclose([b.get_width() for b in share.patches], [2 / 3, 1 / 3])
+    np.testing.assert_allclose([b.get_width() for b in penalty.patches], [0.25, 0.125])
+    assert [t.get_text() for t in share.get_yticklabels()] == ["a/w", "b"]
+
+
+# --- The unbiased path integral -------------------------------------------------------
+
+HESSIAN, START = jnp.array([1.0, 4.0]), jnp.array([1.0, 0.5])
+
+
+def earned(unbiased, noise, rate, steps, runs=1):
+    """Σω and the drop of the loss ½ Σ H θ², over ``runs`` noisy descents."""
+    tx = optax.chain(
+        si_jax.synaptic_intelligence(0.0, unbiased=unbiased), optax.sgd(rate)
+    )
+
+    @jax.jit
+    @jax.vmap
+    def run(key):
+        def step(carry, key):
+            params, opt_state = carry
+            grads = HESSIAN * params + noise * jax.random.normal(key, (2,))
+            updates, opt_state = tx.update(grads, opt_state, params)
+            return (params + updates, opt_state), None
+
+        carry = START, tx.init(START)
+        keys = jax.random.split(key, steps)
+        (params, opt_state), _ = jax.lax.scan(step, carry, keys)
+        # One more gradient closes the last interval, and nothing of it is credited.
+        grads = HESSIAN * params + noise * jax.random.normal(key, (2,))
+        _, opt_state = tx.update(grads, opt_state, params)
+        drop = (HESSIAN * (START**2 - params**2)).sum() / 2
+        return si_jax.synapses(opt_state).path_integral.sum(), drop
+
+    return map(np.asarray, run(jax.random.split(jax.random.key(0), runs)))
+
+
+def test_unbiased_path_integral_follows_the_loss_through_noise():
+    noise, rate, steps, runs = 1.0, 2e-3, 500, 2000
+    excess = float(theory.noise_path_integral([noise**2] * 2, rate * steps).sum())
+    for unbiased, expected in ((True, 0.0), (False, excess)):
+        omega, drop = earned(unbiased, noise, rate, steps, runs)
+        error = omega - drop
+        sem = error.std(ddof=1) / np.sqrt(runs)
+        assert excess > 10 * sem
+        assert abs(error.mean() - expected) < 3 * sem + 0.02 * excess, error.mean()
+
+
+def test_both_rules_agree_without_noise_as_the_step_goes_to_zero():
+    errors = []
+    for rate in (0.02, 0.01):
+        omega, drop = zip(
+            *(earned(rule, 0.0, rate, round(2 / rate)) for rule in (False, True)),
+            strict=True,
+        )
+        (above, below) = (float((w - d)[0]) for w, d in zip(omega, drop, strict=True))
+        assert below < 0 < above  # the gradient before the step, and after it
+        errors.append((above, below))
+    ratios = np.divide(errors[0], errors[1])
+    np.testing.assert_allclose(ratios, 2, rtol=0.05)
+
+
+def test_what_moves_between_tasks_earns_nothing():
+    """A head that starts anew after consolidation has not learned by that."""
+    tx = make("link", unbiased=True)
+    params = jnp.ones(3)
+    opt_state = tx.init(params)
+    for _ in range(2):
+        params, opt_state = params + 1, si_jax.consolidate(opt_state, params)
+        _, opt_state = tx.update(jnp.ones(3), opt_state, params)
+        assert not si_jax.synapses(opt_state).path_integral.any()
+    _, opt_state = tx.update(2 * jnp.ones(3), opt_state, params + 1)
+    np.testing.assert_array_equal(si_jax.synapses(opt_state).path_integral, -2.0)
+
+
+def test_the_last_step_of_a_task_and_one_before_no_number_take_their_own_gradient():
+    tx = make("link", unbiased=True)
+    opt_state = tx.init(jnp.zeros(2))
+    _, opt_state = tx.update(jnp.full(2, -3.0), opt_state, jnp.zeros(2))
+    bad = jnp.array([jnp.nan, -2.0])
+    _, after = tx.update(bad, opt_state, jnp.ones(2))
+    np.testing.assert_array_equal(si_jax.synapses(after).path_integral, [3.0, 2.0])
+    after = si_jax.consolidate(opt_state, jnp.ones(2))
+    np.testing.assert_allclose(si_jax.synapses(after).importance, 3 / 1.01, rtol=1e-6)
+
+
+# --- States and parameters of other kinds ---------------------------------------------
+
+
+@forms
+def test_complex_parameters_split_by_optax(form):
+    """As if the real and the imaginary part were two parameters."""
+    tx = contrib.split_real_and_imaginary(make(form))
+    pair = make(form)
+    params = {"lam": jnp.array([1 + 2j, 3 - 1j]), "w": jnp.ones(2)}
+    grads = {"lam": jnp.array([1 - 1j, 0.5j]), "w": jnp.ones(2)}
+
+    def apart(tree):
+        lam = tree["lam"]
+        return {"lam": {"re": lam.real, "im": lam.imag}, "w": tree["w"]}
+
+    opt_state, expected = tx.init(params), pair.init(apart(params))
+    more = {"lam": jnp.array([1 + 2j, 3 + 4j]), "w": jnp.ones(2)}
+    opt_state = si_jax.add_importance(opt_state, more)
+    expected = si_jax.add_importance(expected, apart(more))
+    for _ in range(2):
+        updates, opt_state = tx.update(grads, opt_state, params)
+        _, expected = pair.update(apart(grads), expected, apart(params))
+        params = optax.apply_updates(params, updates)
+        opt_state = si_jax.consolidate(opt_state, params)
+        expected = si_jax.consolidate(expected, apart(params))
+    opt_state = si_jax.reset_optimizer(tx, opt_state, params)
+    opt_state = si_jax.carry_over(opt_state, into=tx.init(params))
+    params = shifted(params)
+    np.testing.assert_allclose(
+        si_jax.surrogate_loss(opt_state, params),
+        si_jax.surrogate_loss(expected, apart(params)),
+        rtol=1e-6,
+    )
+    report = si_jax.diagnose(opt_state, params)
+    assert list(report.share) == ["lam/real", "lam/imaginary", "w"]
+    wanted = si_jax.diagnose(expected, apart(params))
+    np.testing.assert_allclose(
+        report.penalty["lam/imaginary"], wanted.penalty["lam/im"], rtol=1e-6
+    )
+    with pytest.raises(
+        ValueError, match=r"lam'\] is complex64.*split_real_and_imaginar"
+    ):
+        pair.init(params)
+
+
+@forms
+def test_a_state_restored_without_a_target_is_told_apart(form, tmp_path):
+    tx, params = make(form, OPTIMIZERS["adam"]), init()
+    opt_state = tx.init(params)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "state", opt_state)
+    with ocp.StandardCheckpointer() as checkpointer:
+        from_orbax = checkpointer.restore(tmp_path / "state")
+    from_flax = serialization.msgpack_restore(serialization.to_bytes(opt_state))
+    for restored in (from_orbax, from_flax):
+        for call in (
+            lambda s: si_jax.consolidate(s, params),
+            lambda s: si_jax.surrogate_loss(s, params),
+            lambda s: si_jax.carry_over(s, into=opt_state),
+            lambda s: ewc.consolidate(s, params, params),
+            si_jax.synapses,
+        ):
+            with pytest.raises(ValueError, match=r"restore it into tx\.init\(params\)"):
+                call(restored)
