@@ -5,8 +5,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
-from flax import nnx
+from flax import nnx, serialization
+from optax import contrib
 from problem import FORMS, OPTIMIZERS, init, lenient, train
 
 import si_jax
@@ -289,7 +291,7 @@ def test_the_last_step_of_a_task_and_one_before_no_number_take_their_own_gradien
 @forms
 def test_complex_parameters_split_by_optax(form):
     """As if the real and the imaginary part were two parameters."""
-    tx = contrib.split_real_and_imaginary(make(form))
+    tx = lenient(contrib.split_real_and_imaginary(make(form)))
     pair = make(form)
     params = {"lam": jnp.array([1 + 2j, 3 - 1j]), "w": jnp.ones(2)}
     grads = {"lam": jnp.array([1 - 1j, 0.5j]), "w": jnp.ones(2)}
@@ -322,9 +324,7 @@ def test_complex_parameters_split_by_optax(form):
     np.testing.assert_allclose(
         report.penalty["lam/imaginary"], wanted.penalty["lam/im"], rtol=1e-6
     )
-    with pytest.raises(
-        ValueError, match=r"lam'\] is complex64.*split_real_and_imaginar"
-    ):
+    with pytest.raises(ValueError, match=r"lam'\] is complex64.*split_real_and_im"):
         pair.init(params)
 
 
