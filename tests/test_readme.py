@@ -24,6 +24,16 @@ def test_numbers_are_the_records():
     assert table(runs, "train", TITLES) in README
     assert f"in {sum(run['seconds'] for run in runs.values()):.0f} s on" in README
 
+    kept = record("split_mnist_keep_count")
+    assert kept["config"] == record("split_mnist")["config"] | {"keep_count": True}
+    with_si, without = (
+        kept["summary"][method]["train"]["average_accuracy"]
+        for method in ("si c=1", "fine-tuning")
+    )
+    assert f"[{with_si['mean']:.4f} ± {with_si['sem']:.4f}]" in README
+    assert f"with SI and {without['mean']:.4f} ± {without['sem']:.4f}" in README
+    assert abs(with_si["mean"] - 0.989) < 0.005, "the authors' figure"
+
     few = record("split_mnist_mnist5k")["summary"]
     sgd, si = (few[k]["test"]["average_accuracy"]["mean"] for k in ("sgd", "si c=1"))
     assert f"it ends above SI:\n[{sgd:.3f} and {si:.3f}]" in README
