@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import datetime
 import itertools
 import json
 import os
@@ -15,6 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import filelock
 import jax
 import matplotlib
 import numpy as np
@@ -42,14 +44,15 @@ class Record:
       default: the folder in ``runs/EXPERIMENT`` if there is no ``--out``.
 
     Raises:
-      UserError: if the folder holds another configuration, is damaged, or cannot be
-        written.
+      UserError: if the folder holds another configuration, is in use by another
+        process, is damaged, or cannot be written.
     """
 
     def __init__(self, experiment: str, config: Options, default: str = ""):
         self.folder = config.out or Path("runs") / experiment / default
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock = self._hold()
             if config.overwrite:
                 self._clear()
         except OSError as error:
@@ -169,6 +172,29 @@ class Record:
             path = self.folder / f"{name}.{suffix}"
             with _said(path), matplotlib.rc_context(STYLE):
                 figure.savefig(path)
+
+    def _hold(self) -> filelock.BaseFileLock | None:
+        """Keep others out of the folder for as long as this process lives.
+
+        The processes of one run share it; the first holds it for all of them.
+        """
+        if not is_first():
+            return None
+        lock = filelock.FileLock(
+            self.folder / ".lock", is_singleton=True, thread_local=False
+        )
+        holder = self.folder / ".holder"
+        try:
+            lock.acquire(timeout=0)
+        except filelock.Timeout:
+            who = holder.read_text() if holder.exists() else "another process"
+            raise UserError(
+                f"{self.folder} is in use by {who}. Wait for it, or choose another "
+                "--out."
+            ) from None
+        now = datetime.datetime.now().isoformat(" ", "seconds")
+        holder.write_text(f"process {os.getpid()} on {platform.node()} since {now}")
+        return lock
 
     def _clear(self) -> None:
         if is_first():

@@ -1,5 +1,8 @@
 import dataclasses
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -85,6 +88,33 @@ def test_a_full_disk_is_said_whatever_is_written(tmp_path):
     ):
         with pytest.raises(UserError, match=r"No space left on device.* Make room"):
             write()
+
+
+def test_a_folder_in_use_is_refused_until_its_process_ends(tmp_path):
+    """Whose lock dies with it."""
+    hold = """
+import pathlib, sys, filelock
+folder = pathlib.Path(sys.argv[1])
+lock = filelock.FileLock(folder / ".lock")
+lock.acquire()
+(folder / ".holder").write_text("process 1 on there")
+print("held", flush=True)
+sys.stdin.read()
+"""
+    other = subprocess.Popen(
+        [sys.executable, "-c", hold, str(tmp_path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    assert other.stdout.readline() == b"held\n"
+    with pytest.raises(UserError, match=r"in use by process 1 on there\. Wait"):
+        Record("e", Config(out=tmp_path))
+    assert not (tmp_path / "config.json").exists()
+    other.kill()
+    other.communicate()
+    Record("e", Config(out=tmp_path))
+    Record("e", Config(out=tmp_path))  # of the same process
+    assert f"process {os.getpid()}" in (tmp_path / ".holder").read_text()
 
 
 def test_figures_are_written_as_they_are_styled(tmp_path):

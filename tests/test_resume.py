@@ -208,7 +208,8 @@ def test_two_processes_share_the_runs_and_survive_the_loss_of_one(command, tmp_p
     processes = two_processes(command, out, free_port(), *more)
     outputs = [process.communicate(timeout=300) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
-    said = [x for x in outputs[1][0].splitlines() if not x.startswith("[Gloo]")]
-    assert said == [], "one of them reports"
+    # Libraries may write lines of their own, whole or interleaved.
+    reports = ["average" in said and "Took" in said for said, _ in outputs]
+    assert reports == [True, False], "one of them reports"
     assert accuracies(out) == accuracies(tmp_path / "alone")
     assert logged(out) == logged(tmp_path / "alone")
