@@ -76,7 +76,7 @@ class Epoch(NamedTuple):
 
 
 Boundary = Callable[[Carry, AnyExamples, Task, jax.Array], Carry]
-"""What happens between two tasks: ``(carry, examples, task, key) → carry``."""
+"""What happens between two tasks, ``(carry, examples, task, key) → carry``."""
 
 
 class Learner(NamedTuple):
