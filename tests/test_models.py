@@ -5,9 +5,11 @@ import optax
 import pytest
 from flax import linen as nn
 
-from si_jax.models import CNN, MLP, convolve, halve, mask_logits
+from si_jax import models
+from si_jax.models import CNN, MLP, convolve, halve, mask_logits, winograd
 
 IMAGES = jnp.ones((2, 28, 28, 1))
+NUMBERS = {"dimension_numbers": ("NHWC", "HWIO", "NHWC")}
 
 
 @pytest.mark.parametrize("zero_init_output", [False, True])
@@ -115,29 +117,71 @@ def test_cnn_with_the_convolution_of_lax_has_the_same_logits():
 
 
 @pytest.mark.parametrize("padding", ["SAME", "VALID", [(1, 0), (0, 2)]])
-@pytest.mark.parametrize("size", [(3, 3), (2, 3)])
-def test_convolution_and_its_gradients_are_those_of_lax(padding, size):
+@pytest.mark.parametrize(
+    ("size", "channels"), [((3, 3), 3), ((2, 3), 3), ((3, 3), 16), ((2, 3), 16)]
+)
+def test_convolution_and_its_gradients_are_those_of_lax(padding, size, channels):
+    keys = jax.random.split(jax.random.key(0), 3)
+    images = jax.random.normal(keys[0], (2, 7, 6, channels))
+    kernel = jax.random.normal(keys[1], (*size, channels, 4))
+
+    def value_and_gradients(convolution):
+        value, gradients = jax.vjp(
+            lambda *args: convolution(*args, (1, 1), padding, **NUMBERS), images, kernel
+        )
+        return value, *gradients(jax.random.normal(keys[2], value.shape))
+
+    expected = value_and_gradients(jax.lax.conv_general_dilated)
+    for actual, wanted in zip(value_and_gradients(convolve), expected, strict=True):
+        scale = np.abs(wanted).max()
+        np.testing.assert_allclose(actual, wanted, rtol=1e-5, atol=1e-5 * scale)
+
+
+@pytest.mark.parametrize("size", [3, 4, 5, 6])
+def test_winograd_is_as_exact_as_the_convolution_of_lax(size):
+    rng = np.random.default_rng(size)
+    images = rng.normal(size=(2, size, 9 - size, 64))
+    kernel = rng.normal(size=(3, 3, 64, 4))
+    windows = np.lib.stride_tricks.sliding_window_view(images, (3, 3), (1, 2))
+    wanted = np.einsum("nijcab,abco->nijo", windows, kernel)
+    narrow = jnp.float32(images), jnp.float32(kernel)
+    plain = jax.lax.conv_general_dilated(*narrow, (1, 1), "VALID", **NUMBERS)
+    error, of_lax = (np.abs(x - wanted).max() for x in (winograd(*narrow), plain))
+    assert 0 < error < 3 * of_lax
+
+
+def test_winograd_under_vmap_and_in_second_derivatives():
     keys = jax.random.split(jax.random.key(0), 2)
-    images = jax.random.normal(keys[0], (2, 7, 6, 3))
-    kernel = jax.random.normal(keys[1], (*size, 3, 4))
-    numbers = ("NHWC", "HWIO", "NHWC")
+    images = jax.random.normal(keys[0], (3, 2, 4, 5, 2))
+    kernel = jax.random.normal(keys[1], (3, 3, 2, 1))
 
-    def value(convolution, images, kernel):
-        return convolution(images, kernel, (1, 1), padding, dimension_numbers=numbers)
+    def hessian_of(convolution):
+        def loss(kernel, images):
+            return jnp.sum(jnp.sin(convolution(images, kernel)))
 
-    def loss(convolution):
-        return jax.value_and_grad(
-            lambda *args: jnp.sum(jnp.sin(value(convolution, *args))), argnums=(0, 1)
-        )(images, kernel)
+        return jax.vmap(jax.hessian(loss), (None, 0))(kernel, images)
 
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4),
-        (value(convolve, images, kernel), loss(convolve)),
-        (
-            value(jax.lax.conv_general_dilated, images, kernel),
-            loss(jax.lax.conv_general_dilated),
-        ),
+    def plain(images, kernel):
+        return jax.lax.conv_general_dilated(images, kernel, (1, 1), "VALID", **NUMBERS)
+
+    wanted = hessian_of(plain)
+    np.testing.assert_allclose(
+        jax.jit(hessian_of, static_argnums=0)(winograd),
+        wanted,
+        rtol=1e-5,
+        atol=1e-5 * np.abs(wanted).max(),
     )
+
+
+def test_narrow_images_and_few_channels_do_not_take_winograd(monkeypatch):
+    taken = []
+    monkeypatch.setattr(
+        models, "winograd", lambda x, _: taken.append((x.dtype, x.shape[-1]))
+    )
+    for dtype, channels in [("float32", 16), ("float32", 3), ("bfloat16", 16)]:
+        images, kernel = jnp.ones((1, 4, 4, channels)), jnp.ones((3, 3, channels, 2))
+        convolve(images.astype(dtype), kernel.astype(dtype), (1, 1), "VALID")
+    assert taken == [(jnp.float32, 16)]
 
 
 @pytest.mark.parametrize("size", [4, 5])
