@@ -19,7 +19,8 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from si_jax.pytrees import wide, zeros
+from si_jax.pytrees import wide
+from si_jax.surrogate import zeros_wide
 
 
 def fisher(
@@ -142,7 +143,7 @@ def fisher(
 
             return jax.tree.map(added, total, _square(gradient)), None
 
-        return jax.lax.scan(add, _zeros(params), jnp.arange(log_p.size))[0]
+        return jax.lax.scan(add, zeros_wide(params), jnp.arange(log_p.size))[0]
 
     return _mean(
         expected if exact else sampled, params, (inputs, w, keys), n, chunk_size
@@ -300,7 +301,7 @@ def _mean(
 
             return jax.tree.map(added, total, found), None
 
-        total = _zeros(params)
+        total = zeros_wide(params)
         if whole:
             chunks = jax.tree.map(
                 lambda x: x[:whole].reshape(-1, chunk_size, *x.shape[1:]), examples
@@ -315,10 +316,6 @@ def _mean(
 
 def _square(gradient: optax.Params) -> optax.Params:
     return jax.tree.map(lambda g: jnp.square(wide(g)), gradient)
-
-
-def _zeros(params: optax.Params) -> optax.Params:
-    return jax.tree.map(lambda p: zeros(wide(p)), params)
 
 
 def _count(**trees: Any) -> int:
