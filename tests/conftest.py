@@ -1,4 +1,19 @@
-"""Four CPU devices and strict numerics, set before any test or doctest runs."""
+"""Four CPU devices and strict numerics, set before any test or doctest runs.
+
+Most of a test's time is compilation: LLVM does without its optimizations, and programs
+that took long to compile are kept beside pytest's own cache. Processes that tests start
+inherit both.
+"""
+
+import os
+from pathlib import Path
+
+QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+CACHE = Path(__file__).parent.parent / ".pytest_cache" / "jax"
+
+os.environ["XLA_FLAGS"] = f"{QUICK} {os.environ.get('XLA_FLAGS', '')}"
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
 import jax
 

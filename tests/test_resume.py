@@ -4,51 +4,30 @@ import json
 import os
 import random
 import shutil
-import signal
 import socket
-import subprocess
-import sys
-import time
-from pathlib import Path
+from signal import SIGINT, SIGKILL
 
 import made_up
 import numpy as np
 import pytest
-
-ROOT = Path(__file__).parent.parent
+from started import End, Started, run
 
 
 @pytest.fixture(scope="module")
-def command(tmp_path_factory):
-    """Split MNIST on made-up digits, small enough to be run many times."""
+def small(tmp_path_factory):
+    """Arguments that make the experiments small enough to be run many times."""
     folder = tmp_path_factory.mktemp("tfds")
     made_up.write(folder, "mnist", train=4000, test=500)
-    arguments = ["--data-dir", str(folder), "--seeds", "2", "--epochs", "3"]
-    arguments += ["--hidden", "64", "--checkpoint-every", "1"]
-    cache = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("jax"))}
-    cache["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-
-    def start(out, *more, experiment="split_mnist"):
-        program = [sys.executable, "-m", f"experiments.{experiment}", *arguments]
-        return subprocess.Popen(
-            [*program, "--out", str(out), *more],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            cwd=ROOT,
-            env={**os.environ, **cache},
-        )
-
-    return start
+    small = ["--data-dir", folder, "--seeds", "2", "--epochs", "3"]
+    return [*small, "--hidden", "64", "--checkpoint-every", "1"]
 
 
 @pytest.fixture(scope="module")
-def through(command, tmp_path_factory):
+def through(small, tmp_path_factory):
     """A run without interruption."""
-    out = tmp_path_factory.mktemp("through")
-    process = command(out)
-    _, errors = process.communicate()
-    assert process.returncode == 0, errors
+    out = tmp_path_factory.mktemp("through") / "out"
+    status, _, errors = run("split_mnist", *small, out=out)
+    assert status == 0, errors
     return out
 
 
@@ -62,154 +41,112 @@ def logged(out):
     return [json.loads(line) for line in lines]
 
 
-def progress(out):
-    path = out / "metrics.jsonl"
-    return len(path.read_text().splitlines()) if path.exists() else 0
+def killed(*arguments, epoch, calls=0, **more):
+    end = End(SIGKILL, epoch, calls)
+    status, _, errors = run(*arguments, end=end, **more)
+    assert status == -SIGKILL, errors
 
 
-def test_killed_at_random_moments(command, through, tmp_path):
-    moments, kills = random.Random(0), 0
-    while True:
-        process = command(tmp_path)
-        if kills < 5:
-            goal = progress(tmp_path) + moments.randint(1, 12)
-            while progress(tmp_path) < goal and process.poll() is None:
-                time.sleep(0.005)
-            time.sleep(moments.random() * 0.3)
-            kills += process.poll() is None
-            process.send_signal(signal.SIGKILL)
-        _, errors = process.communicate()
-        if process.returncode == 0:
-            break
-        assert process.returncode == -signal.SIGKILL, errors
-    assert kills == 5
-    assert accuracies(tmp_path) == accuracies(through)
-    assert logged(tmp_path) == logged(through)
+def test_killed_at_random_moments(small, through, tmp_path):
+    moments, out = random.Random(0), tmp_path / "out"
+    for _ in range(5):  # of 45 epochs
+        epoch, calls = moments.randint(1, 9), moments.randint(0, 20_000)
+        killed("split_mnist", *small, out=out, epoch=epoch, calls=calls)
+    status, _, errors = run("split_mnist", *small, out=out)
+    assert status == 0, errors
+    assert accuracies(out) == accuracies(through)
+    assert logged(out) == logged(through)
 
 
-def test_killed_with_ewc_dropout_and_remembered_omega(command, tmp_path):
-    more = ["--methods", "si", "ewc", "sgd+dropout", "--tasks", "3"]
-    more += ["--batch-size", "100", "--fisher-examples", "50"]
-
-    def start(out):
-        return command(out, *more, experiment="permuted_mnist")
-
-    through, killed = tmp_path / "through", tmp_path / "killed"
-    process = start(through)
-    _, errors = process.communicate()
-    assert process.returncode == 0, errors
-    assert progress(through) == 3 * 9
-    for goal in (4, 13, 22):  # in the midst of each method
-        process = start(killed)
-        while progress(killed) < goal and process.poll() is None:
-            time.sleep(0.005)
-        process.kill()
-        process.communicate()
-    process = start(killed)
-    _, errors = process.communicate()
-    assert process.returncode == 0, errors
-    assert accuracies(killed) == accuracies(through)
-    assert logged(killed) == logged(through)
+def test_killed_with_ewc_dropout_and_remembered_omega(small, tmp_path):
+    more = ["permuted_mnist", *small, "--methods", "si", "ewc", "sgd+dropout"]
+    more += ["--tasks", "3", "--batch-size", "100", "--fisher-examples", "50"]
+    through, out = tmp_path / "through", tmp_path / "killed"
+    status, _, errors = run(*more, out=through)
+    assert status == 0, errors
+    assert len(logged(through)) == 3 * 9
+    for epoch in (4, 9, 9):  # in the midst of each method
+        killed(*more, out=out, epoch=epoch)
+    status, _, errors = run(*more, out=out)
+    assert status == 0, errors
+    assert accuracies(out) == accuracies(through)
+    assert logged(out) == logged(through)
 
 
-@pytest.mark.skipif(
-    signal.getsignal(signal.SIGINT) == signal.SIG_IGN,
-    reason="started in the background, where Ctrl-C is ignored",
-)
-def test_interrupted_and_its_newest_checkpoint_damaged(command, through, tmp_path):
-    process = command(tmp_path)
-    while progress(tmp_path) < 6:
-        time.sleep(0.005)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate()
-    assert process.returncode == 1
+def test_interrupted_and_its_newest_checkpoint_damaged(small, through, tmp_path):
+    out = tmp_path / "out"
+    end = End(SIGINT, epoch=6)
+    status, _, errors = run("split_mnist", *small, out=out, end=end)
+    assert status == 1
     assert errors.splitlines()[-1].startswith("interrupted")
     assert "Traceback" not in errors
-    checkpoints = tmp_path / "checkpoints" / "si-c=1-seeds-0-1"
+    checkpoints = out / "checkpoints" / "si-c=1-seeds-0-1"
     newest = max(int(p.name) for p in checkpoints.iterdir() if p.name.isdigit())
     shutil.rmtree(checkpoints / str(newest) / "default")
-    process = command(tmp_path)
-    _, errors = process.communicate()
-    assert process.returncode == 0, errors
+    status, _, errors = run("split_mnist", *small, out=out)
+    assert status == 0, errors
     assert "is damaged" in errors
-    assert accuracies(tmp_path) == accuracies(through)
+    assert accuracies(out) == accuracies(through)
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="cannot take a core")
-def test_resuming_on_another_number_of_devices(command, tmp_path):
+def test_resuming_on_another_number_of_devices(small, tmp_path):
     """Three runs are four on two devices, one of them padding, and three on one."""
-    more = ["--seeds", "3", "--strengths", "1", "--sgd-learning-rate", "0"]
-    process = command(tmp_path, *more)
-    while progress(tmp_path) < 7:
-        time.sleep(0.005)
-    process.kill()
-    process.communicate()
-    before = logged(tmp_path)[:4]
-    cores = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, {min(cores)})
-    try:
-        process = command(tmp_path, *more)
-    finally:
-        os.sched_setaffinity(0, cores)
-    _, errors = process.communicate()
-    assert process.returncode == 0, errors
+    more = ["split_mnist", *small, "--seeds", "3", "--strengths", "1"]
+    more += ["--sgd-learning-rate", "0"]
+    out = tmp_path / "out"
+    killed(*more, out=out, epoch=7)
+    before = logged(out)[:4]
+    one = {min(os.sched_getaffinity(0))}
+    status, _, errors = run(*more, out=out, cores=one)
+    assert status == 0, errors
     assert "damaged" not in errors
-    assert logged(tmp_path)[:4] == before, "it did not start again"
-    assert np.shape(accuracies(tmp_path)["si c=1"]["test"]) == (3, 5, 5)
+    assert logged(out)[:4] == before, "it did not start again"
+    assert np.shape(accuracies(out)["si c=1"]["test"]) == (3, 5, 5)
 
 
-def test_another_configuration_is_refused_before_anything_is_finished(
-    command, tmp_path
-):
-    process = command(tmp_path)
-    while progress(tmp_path) < 1:
-        time.sleep(0.005)
-    process.kill()
-    process.communicate()
-    config = json.loads((tmp_path / "config.json").read_text())
+def test_another_configuration_is_refused_before_anything_is_finished(small, tmp_path):
+    out = tmp_path / "out"
+    killed("split_mnist", *small, out=out, epoch=1)
+    config = json.loads((out / "config.json").read_text())
     config["config"]["epochs"] = 30
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    process = command(tmp_path)
-    _, errors = process.communicate()
-    assert process.returncode == 1
+    (out / "config.json").write_text(json.dumps(config))
+    status, _, errors = run("split_mnist", *small, out=out)
+    assert status == 1
     assert "epochs: 30 there, 3 now" in errors
 
 
-def two_processes(command, out, port, *more):
-    both = ["--coordinator", f"127.0.0.1:{port}", "--num-processes", "2", *more]
-    return [command(out, *both, "--process-id", str(i)) for i in range(2)]
-
-
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
-def test_two_processes_share_the_runs_and_survive_the_loss_of_one(command, tmp_path):
+def test_two_processes_share_the_runs_and_survive_the_loss_of_one(small, tmp_path):
     """Equal to one process; lost one, the other says so, and both go on."""
-    more = ["--seeds", "4", "--epochs", "6", "--checkpoint-every", "4"]
-    more += ["--strengths", "1", "--sgd-learning-rate", "0"]
-    alone = command(tmp_path / "alone", *more)
-    _, errors = alone.communicate()
-    assert alone.returncode == 0, errors
+    more = ["split_mnist", *small, "--seeds", "4", "--epochs", "6"]
+    more += ["--checkpoint-every", "4", "--strengths", "1", "--sgd-learning-rate", "0"]
+    alone, out = tmp_path / "alone", tmp_path / "both"
+    status, _, errors = run(*more, out=alone)
+    assert status == 0, errors
 
-    out = tmp_path / "both"
-    first, second = two_processes(command, out, free_port(), *more)
-    while progress(out) < 7 and first.poll() is None:  # in the second task's midst
-        time.sleep(0.01)
-    second.kill()
-    second.communicate()
-    _, errors = first.communicate(timeout=120)
-    assert first.returncode != 0
+    def both(end=None):
+        with socket.socket() as held:  # the coordinator may share the port, no other
+            held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            held.bind(("127.0.0.1", 0))
+            address = f"127.0.0.1:{held.getsockname()[1]}"
+            joined = [*more, "--coordinator", address, "--num-processes", "2"]
+            processes = [
+                Started(*joined, "--process-id", i, out=out, end=end if i else None)
+                for i in range(2)
+            ]
+            return [process.wait() for process in processes]
+
+    # The second is lost in the second task's midst.
+    (first, _, errors), (second, *_) = both(End(SIGKILL, epoch=7))
+    assert second == -SIGKILL
+    assert first not in (0, -SIGKILL)
     assert "Start all of them again with the same command" in errors
     assert "Traceback" not in errors
 
-    processes = two_processes(command, out, free_port(), *more)
-    outputs = [process.communicate(timeout=300) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], outputs
+    ends = both()
+    assert [status for status, *_ in ends] == [0, 0], ends
     # Libraries may write lines of their own, whole or interleaved.
-    reports = ["average" in said and "Took" in said for said, _ in outputs]
+    reports = ["average" in said and "Took" in said for _, said, _ in ends]
     assert reports == [True, False], "one of them reports"
-    assert accuracies(out) == accuracies(tmp_path / "alone")
-    assert logged(out) == logged(tmp_path / "alone")
+    assert accuracies(out) == accuracies(alone)
+    assert logged(out) == logged(alone)
