@@ -8,9 +8,20 @@ import re
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 
-from experiments import benchmark, importance, permuted_mnist, split_cifar
+from experiments import (
+    benchmark,
+    benchmark_sweep,
+    importance,
+    permuted_mnist,
+    split_cifar,
+    split_mnist,
+    sweep,
+)
+from experiments.record import table
+from si_jax.metrics import average_accuracy
 
 ROOT = Path(__file__).parent.parent
 PAGES = [*(ROOT / "docs").glob("*.md"), *(ROOT / "docs/guides").glob("*.md")]
@@ -68,6 +79,102 @@ def test_numbers_are_the_records():
         f"took {seconds['bfloat16']:.0f} s instead of {seconds['float32']:.0f} s"
         in text
     )
+
+
+def test_split_mnist_is_the_records():
+    text = (ROOT / "docs/experiments.md").read_text()
+    shown = record("split_mnist")
+    runs = shown["runs"]
+    assert table(runs, "test", split_mnist.TITLES) in text
+    assert table(runs, "train", split_mnist.TITLES) in text
+    assert f"in {sum(run['seconds'] for run in runs.values()):.0f} s on" in text
+    assert all(len(run["test"]) == 10 for run in runs.values())
+    assert shown["config"]["data"] == "tfds"
+    for split in ("test", "train"):
+        mean = {
+            method: summary[split]["average_accuracy"]["mean"]
+            for method, summary in shown["summary"].items()
+        }
+        assert mean["si c=1"] >= 0.98
+        assert 0.75 <= mean["fine-tuning"] <= 0.90
+
+    kept = record("split_mnist_keep_count")
+    assert kept["config"] == shown["config"] | {"keep_count": True}
+    with_si, without = (
+        kept["summary"][method]["train"]["average_accuracy"]
+        for method in ("si c=1", "fine-tuning")
+    )
+    assert f"[{with_si['mean']:.4f} ± {with_si['sem']:.4f}]" in text
+    assert f"with SI and {without['mean']:.4f} ± {without['sem']:.4f}" in text
+    assert abs(with_si["mean"] - 0.989) < 0.005, "the authors' figure"
+
+    few = record("split_mnist_mnist5k")["summary"]
+    sgd, si = (few[k]["test"]["average_accuracy"]["mean"] for k in ("sgd", "si c=1"))
+    assert f"it ends above SI:\n[{sgd:.3f} and {si:.3f}]" in text
+    assert sgd > si
+
+
+def test_sweeps_are_the_records():
+    text = (ROOT / "docs/guides/hyperparameters.md").read_text()
+    grid = record("sweep")
+    accuracy = average_accuracy(np.array(grid["runs"]["grid"]["test"]))
+    config = sweep.Config()
+    shape = (config.seeds, len(config.strengths), len(config.dampings))
+    assert sweep.grid_table(accuracy.reshape(shape).mean(0), config) in text
+    (choice,) = set(grid["summary"]) - {"grid"}
+    fresh = grid["summary"][choice]["test"]["average_accuracy"]
+    assert f"{fresh['mean']:.4f} ± {fresh['sem']:.4f}" in text
+
+    text = (ROOT / "docs/experiments.md").read_text()
+    assert benchmark_sweep.table(record("benchmark_sweep")["seconds"]) in text
+    full = record("benchmark_sweep_mnist")["seconds"]
+    (theirs,), (ours,) = full["PyTorch"]["2"], full["one after another"]["2"]
+    assert f"take {theirs / ours:.1f} times as long in PyTorch" in text
+
+
+def test_permuted_mnist_is_the_record():
+    shown = record("permuted_mnist")
+    assert shown["config"]["epochs"] == 20
+    assert shown["config"]["data"] == "tfds"
+    theirs = permuted_mnist.published(permuted_mnist.Config())
+    text = (ROOT / "docs/experiments.md").read_text()
+    assert permuted_mnist.table(shown["runs"], theirs) in text
+    mean = {
+        method: summary["test"]["average_accuracy"]["mean"]
+        for method, summary in shown["summary"].items()
+    }
+    ours = mean["si c=0.1"]
+    assert ours > 0.96
+    assert 0.45 < mean["fine-tuning"] < 0.65
+    assert mean["ewc c=10000"] >= 0.94
+    assert mean["joint"] >= 0.98
+    assert mean["sgd"] < mean["sgd+dropout"] < mean["ewc c=10000"] < ours
+    assert ours < mean["joint"]
+
+
+def test_split_cifar_is_the_records():
+    text = (ROOT / "docs/experiments.md").read_text()
+    titles = split_cifar.titles(split_cifar.Config())
+    theirs = split_cifar.published(split_cifar.Config())
+    si, without = {}, {}
+    fresh, kept = (record(f"split_cifar{reset}") for reset in ("", "_keep_count"))
+    assert kept["config"] == fresh["config"] | {"keep_count": True}
+    for name, shown in (("fresh", fresh), ("kept", kept)):
+        assert shown["config"]["epochs"] == 60
+        assert shown["config"]["examples"] == 0
+        assert split_cifar.table(shown["runs"], "test", titles, theirs) in text
+        si[name], without[name] = (
+            shown["summary"][method]["test"]["average_accuracy"]["mean"]
+            for method in ("si c=0.01", "fine-tuning")
+        )
+        assert abs(si[name] - 0.735) < 0.015, "the authors' data"
+    assert without["fresh"] < si["fresh"] - 0.02
+    assert abs(without["kept"] - 0.625) < 0.02, "the authors' data"
+    ours, plain = (
+        split_cifar.final(kept["runs"][method], method, "test")[0]
+        for method in ("si c=0.01", "fine-tuning")
+    )
+    assert (ours[:-1] > plain[:-1]).all(), "no old task lost by it"
 
 
 def test_the_benchmark_shows_what_the_documentation_says():
@@ -211,11 +318,22 @@ def test_every_deviation_has_a_test_that_exists():
             assert name in {x.name for x in tree.body if isinstance(x, ast.FunctionDef)}
 
 
+def anchors(page):
+    """What GitHub calls the headings of a page."""
+    prose = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    headings = re.findall(r"^#+ (.*)$", prose, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", x).lower().replace(" ", "-") for x in headings}
+
+
 def test_links_and_images_lead_somewhere():
     for page in [ROOT / "README.md", *PAGES]:
         prose = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
-        for target in re.findall(r"\]\((?!https?:|#)([^)#]+)[^)]*\)", prose):
+        for target, anchor in re.findall(
+            r"\]\((?!https?:|#)([^)#]+)#?([^)]*)\)", prose
+        ):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
+            if anchor and page.name == "README.md":  # of the others Sphinx says so
+                assert anchor in anchors(ROOT / target), anchor
 
 
 def test_records_that_configurations_name_exist():
