@@ -108,7 +108,7 @@ def test_updating_and_consolidating_move_nothing_between_devices(form, mesh):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_data_parallel_training_by_shard_map(form):
-    """The README's way: every device its part of the batch, gradients averaged."""
+    """The guide's way: every device its part of the batch, gradients averaged."""
     tx = FORMS[form](OPTIMIZERS["adam"], 0.5, 0.01)
     mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
 
