@@ -5,6 +5,7 @@ import contextlib
 import io
 import json
 import re
+import runpy
 from pathlib import Path
 
 import jax
@@ -25,13 +26,22 @@ from si_jax.metrics import average_accuracy
 
 ROOT = Path(__file__).parent.parent
 PAGES = [*(ROOT / "docs").glob("*.md"), *(ROOT / "docs/guides").glob("*.md")]
+NOTEBOOK = (ROOT / "docs/learn.ipynb").read_text()
+CELLS = "\n".join(
+    "".join(cell["source"])
+    for cell in json.loads(NOTEBOOK)["cells"]
+    if cell["cell_type"] == "code"
+)
 EXAMPLES = [
     pytest.param(code, id=f"{page.stem}-{i}")
     for page in [ROOT / "README.md", *PAGES]
+    if page.stem != "learn"  # the notebook's cells are its code
     for i, code in enumerate(
         re.findall(r"^```python\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
     )
 ]
+# All cells share their names; what is here already must not be installed.
+EXAMPLES.append(pytest.param(CELLS.replace("%pip", "raise #"), id="notebook"))
 
 
 @pytest.mark.parametrize("code", EXAMPLES)
@@ -45,6 +55,12 @@ def test_code_prints_what_it_says(code):
         exec(compile(code, "example", "exec"), {})
     expected = re.findall(r"^print\(.*\)  # (.*)$", code, re.MULTILINE)
     assert printed.getvalue().splitlines() == expected
+
+
+def test_the_notebook_is_made_of_the_page():
+    notebook = runpy.run_path(str(ROOT / "docs/notebook.py"))["notebook"]
+    made = notebook(ROOT / "docs/learn.md")
+    assert made == NOTEBOOK, "python docs/notebook.py makes it anew"
 
 
 def record(name):
