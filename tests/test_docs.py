@@ -25,7 +25,11 @@ from experiments.record import table
 from si_jax.metrics import average_accuracy
 
 ROOT = Path(__file__).parent.parent
-PAGES = [*(ROOT / "docs").glob("*.md"), *(ROOT / "docs/guides").glob("*.md")]
+PAGES = [
+    page
+    for folder in (".", "docs", "docs/guides")
+    for page in ROOT.glob(f"{folder}/*.md")
+]
 NOTEBOOK = (ROOT / "docs/learn.ipynb").read_text()
 CELLS = "\n".join(
     "".join(cell["source"])
@@ -34,7 +38,7 @@ CELLS = "\n".join(
 )
 EXAMPLES = [
     pytest.param(code, id=f"{page.stem}-{i}")
-    for page in [ROOT / "README.md", *PAGES]
+    for page in PAGES
     if page.stem != "learn"  # the notebook's cells are its code
     for i, code in enumerate(
         re.findall(r"^```python\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
@@ -342,7 +346,7 @@ def anchors(page):
 
 
 def test_links_and_images_lead_somewhere():
-    for page in [ROOT / "README.md", *PAGES]:
+    for page in PAGES:
         prose = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
         for target, anchor in re.findall(
             r"\]\((?!https?:|#)([^)#]+)#?([^)]*)\)", prose
@@ -360,7 +364,7 @@ def test_records_that_configurations_name_exist():
 
 
 def test_commands_exist():
-    for page in [ROOT / "README.md", *PAGES]:
+    for page in PAGES:
         for name in re.findall(r"python -m experiments\.(\w+)", page.read_text()):
             assert (ROOT / "experiments" / f"{name}.py").exists(), name
             assert (ROOT / "configs" / f"{name}.toml").exists(), name
