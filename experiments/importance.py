@@ -51,7 +51,7 @@ def measure(config: Config, problem: driver.Problem, seed: int) -> dict[str, Any
     learner = make(strength=0.0, damping=config.damping)
     key = jax.random.key(seed)
     task = jax.tree.map(lambda x: x[0], problem.train_tasks)
-    carry = learner.init(init_key(key))
+    carry = jax.jit(learner.init)(init_key(key))
     epoch = jax.jit(learner.epoch)
     for i in range(config.epochs):
         carry, _ = epoch(carry, problem.train, task, epoch_key(key, 0, i))

@@ -4,6 +4,7 @@ Where ω is what the closed forms say, and where it stops to be.
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -74,16 +75,17 @@ def steps(kind: str, rate: float) -> int:
     return int(20 / (min(value for value in SPECTRA[kind] if value) * rate))
 
 
+@jax.jit
 def descend(h: jax.Array, start: jax.Array, rate: float, count: int) -> Any:
     """Gradient descent on ½ θᵀHθ through the transformation: ω and Ω at damping ~0."""
     tx = si_jax.with_synaptic_intelligence(optax.sgd(rate), damping=1e-300)
 
-    def step(carry, _):
+    def step(_, carry):
         theta, opt_state = carry
         updates, opt_state = tx.update(h @ theta, opt_state, theta)
-        return (optax.apply_updates(theta, updates), opt_state), None
+        return optax.apply_updates(theta, updates), opt_state
 
-    (theta, opt_state), _ = jax.lax.scan(step, (start, tx.init(start)), length=count)
+    theta, opt_state = jax.lax.fori_loop(0, count, step, (start, tx.init(start)))
     omega = si_jax.synapses(opt_state).path_integral
     return omega, si_jax.synapses(si_jax.consolidate(opt_state, theta)).importance
 
@@ -95,8 +97,7 @@ def error_by_step(config: Config) -> dict[str, Any]:
         h, start = hessian(kind), jnp.linspace(1.0, -2.0, 6, dtype=jnp.float64)
         errors: dict[str, list[float]] = {"eq. 11": [], "finite step": []}
         for rate in config.learning_rates:
-            count = steps(kind, rate)
-            omega, _ = jax.jit(descend, static_argnums=3)(h, start, rate, count)
+            omega, _ = descend(h, start, rate, steps(kind, rate))
             for name, eta in (("eq. 11", 0.0), ("finite step", rate)):
                 expected = jnp.diag(theory.path_matrix(h, start, eta))
                 errors[name].append(float(jnp.abs(omega / expected - 1).max()))
@@ -111,11 +112,10 @@ def averaged(config: Config) -> dict[str, Any]:
     rate = min(config.learning_rates)
     key = jax.random.key(1)
     starts = jax.random.normal(key, (config.starts, 6), jnp.float64)
+    run = jax.jit(jax.vmap(descend, (None, 0, None, None)))
     for kind in SPECTRA:
         h = hessian(kind)
-        run = jax.vmap(descend, (None, 0, None, None))
-        count = steps(kind, rate)
-        omega, importance = jax.jit(run, static_argnums=3)(h, starts, rate, count)
+        omega, importance = run(h, starts, rate, steps(kind, rate))
         found[kind] = {
             "half the Hessian": jnp.diag(h) / 2,
             "mean ω / σ²": omega.mean(0),
@@ -133,9 +133,12 @@ def regression(seed: int) -> tuple[jax.Array, jax.Array]:
     return x, y
 
 
+@functools.partial(
+    jax.jit, static_argnames=("optimizer", "batch_size", "epochs", "seeds")
+)
 def overestimate(
     optimizer: str, rate: float, batch_size: int, epochs: int, seeds: int
-) -> np.ndarray:
+) -> jax.Array:
     """Σω over the loss drop of minibatch training, for each seed."""
     tx = si_jax.with_synaptic_intelligence(OPTIMIZERS[optimizer](rate))
 
@@ -164,10 +167,11 @@ def overestimate(
         drop = loss(start, every) - loss(theta, every)
         return si_jax.synapses(opt_state).path_integral.sum() / drop
 
-    return np.asarray(jax.jit(jax.vmap(run))(jnp.arange(seeds)))
+    return jax.vmap(run)(jnp.arange(seeds))
 
 
-def predicted(rate: float, batch_size: int, epochs: int, seeds: int) -> np.ndarray:
+@functools.partial(jax.jit, static_argnames=("epochs", "seeds"))
+def predicted(rate: float, batch_size: int, epochs: int, seeds: int) -> jax.Array:
     """The same for SGD by the closed form: 1 and what the noise at the minimum adds."""
 
     def one(seed):
@@ -182,7 +186,7 @@ def predicted(rate: float, batch_size: int, epochs: int, seeds: int) -> np.ndarr
         time = rate * epochs * (EXAMPLES // batch_size)
         return 1 + theory.noise_path_integral(variance, time).sum() / drop
 
-    return np.asarray(jax.vmap(one)(jnp.arange(seeds)))
+    return jax.vmap(one)(jnp.arange(seeds))
 
 
 def noisy(config: Config) -> dict[str, Any]:
@@ -206,7 +210,7 @@ def noisy(config: Config) -> dict[str, Any]:
     return found
 
 
-def split(values: list[np.ndarray], config: Config) -> dict[str, list[np.ndarray]]:
+def split(values: list[jax.Array], config: Config) -> dict[str, list[jax.Array]]:
     """The points by batch size, and those by learning rate."""
     count = len(config.batch_sizes)
     return {"by batch size": values[:count], "by learning rate": values[count:]}

@@ -1,6 +1,7 @@
 """The paper's Figs. 1 and 2, from runs: ``python -m experiments.surrogate``."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -68,6 +69,7 @@ class Descent(NamedTuple):
     opt_state: optax.OptState
 
 
+@functools.partial(jax.jit, static_argnames=("losses", "config"))
 def descend(
     losses: tuple[Loss, ...], start: jax.Array, strength: float, config: Config
 ) -> Descent:

@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +16,8 @@ NUMBERS = {"dimension_numbers": ("NHWC", "HWIO", "NHWC")}
 
 @pytest.mark.parametrize("zero_init_output", [False, True])
 def test_mlp_starts_as_the_paper_says(zero_init_output):
-    params = MLP((256, 128), 10, zero_init_output).init(jax.random.key(0), IMAGES)
+    model = MLP((256, 128), 10, zero_init_output)
+    params = jax.jit(model.init)(jax.random.key(0), IMAGES)
     layers = [params["params"][f"Dense_{i}"] for i in range(3)]
     shapes = [(784, 256), (256, 128), (128, 10)]
     for i, (layer, shape) in enumerate(zip(layers, shapes, strict=True)):
@@ -68,10 +71,22 @@ def test_dropout_takes_a_key_and_keeps_the_mean():
 
 
 PHOTOS = jax.random.uniform(jax.random.key(0), (2, 32, 32, 3))
+CNN_60 = CNN(60, zero_init_output=False)
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """As if: all parameters differ from zero."""
+    return jax.jit(CNN_60.init)(jax.random.key(0), PHOTOS)
+
+
+@pytest.fixture(scope="module")
+def logits(trained):
+    return CNN_60.apply(trained, PHOTOS)
 
 
 def test_cnn_is_the_papers():
-    params = CNN(60).init(jax.random.key(0), PHOTOS)["params"]
+    params = jax.jit(CNN(60).init)(jax.random.key(0), PHOTOS)["params"]
     assert sum(x.size for x in jax.tree.leaves(params)) == 1_276_508
     for i, (inputs, outputs) in enumerate([(3, 32), (32, 32), (32, 64), (64, 64)]):
         layer = params[f"Conv_{i}"]
@@ -82,37 +97,33 @@ def test_cnn_is_the_papers():
     assert not params["Dense_1"]["kernel"].any()
 
 
-def test_cnn_drops_units_with_a_key_only():
-    model = CNN(60, zero_init_output=False)
-    params = model.init(jax.random.key(0), PHOTOS)
-    plain, again = model.apply(params, PHOTOS), model.apply(params, PHOTOS)
-    np.testing.assert_array_equal(plain, again)
+def test_cnn_drops_units_with_a_key_only(trained, logits):
+    np.testing.assert_array_equal(logits, CNN_60.apply(trained, PHOTOS))
     one, other = (
-        model.apply(params, PHOTOS, rngs={"dropout": jax.random.key(i)}) for i in (0, 1)
+        CNN_60.apply(trained, PHOTOS, rngs={"dropout": jax.random.key(i)})
+        for i in (0, 1)
     )
-    assert (one != plain).any()
+    assert (one != logits).any()
     assert (one != other).any()
 
 
-def test_cnn_in_bfloat16_has_float32_parameters_and_nearly_the_same_logits():
-    model = CNN(60, zero_init_output=False)
-    params = model.init(jax.random.key(0), PHOTOS)
-    narrow = CNN(60, zero_init_output=False, dtype=jnp.bfloat16)
-    assert jax.tree.map(lambda x: x.dtype, narrow.init(jax.random.key(0), PHOTOS)) == (
-        jax.tree.map(lambda x: x.dtype, params)
+def test_cnn_in_bfloat16_has_float32_parameters_and_nearly_the_same_logits(
+    trained, logits
+):
+    narrow = CNN_60.clone(dtype=jnp.bfloat16)
+    initial = jax.eval_shape(narrow.init, jax.random.key(0), PHOTOS)
+    assert jax.tree.map(lambda x: x.dtype, initial) == (
+        jax.tree.map(lambda x: x.dtype, trained)
     )
-    logits = narrow.apply(params, PHOTOS)
-    assert logits.dtype == jnp.float32
-    expected = model.apply(params, PHOTOS)
-    np.testing.assert_allclose(logits, expected, atol=0.02 * np.ptp(expected))
+    found = narrow.apply(trained, PHOTOS)
+    assert found.dtype == jnp.float32
+    np.testing.assert_allclose(found, logits, atol=0.02 * np.ptp(logits))
 
 
-def test_cnn_with_the_convolution_of_lax_has_the_same_logits():
-    model = CNN(60, zero_init_output=False)
-    params = model.init(jax.random.key(0), PHOTOS)
-    plain = model.clone(convolve=jax.lax.conv_general_dilated)
+def test_cnn_with_the_convolution_of_lax_has_the_same_logits(trained, logits):
+    plain = CNN_60.clone(convolve=jax.lax.conv_general_dilated)
     np.testing.assert_allclose(
-        plain.apply(params, PHOTOS), model.apply(params, PHOTOS), rtol=1e-4, atol=1e-5
+        plain.apply(trained, PHOTOS), logits, rtol=1e-4, atol=1e-5
     )
 
 
@@ -125,6 +136,7 @@ def test_convolution_and_its_gradients_are_those_of_lax(padding, size, channels)
     images = jax.random.normal(keys[0], (2, 7, 6, channels))
     kernel = jax.random.normal(keys[1], (*size, channels, 4))
 
+    @functools.partial(jax.jit, static_argnums=0)
     def value_and_gradients(convolution):
         value, gradients = jax.vjp(
             lambda *args: convolution(*args, (1, 1), padding, **NUMBERS), images, kernel
@@ -155,6 +167,7 @@ def test_winograd_under_vmap_and_in_second_derivatives():
     images = jax.random.normal(keys[0], (3, 2, 4, 5, 2))
     kernel = jax.random.normal(keys[1], (3, 3, 2, 1))
 
+    @functools.partial(jax.jit, static_argnums=0)
     def hessian_of(convolution):
         def loss(kernel, images):
             return jnp.sum(jnp.sin(convolution(images, kernel)))
@@ -166,7 +179,7 @@ def test_winograd_under_vmap_and_in_second_derivatives():
 
     wanted = hessian_of(plain)
     np.testing.assert_allclose(
-        jax.jit(hessian_of, static_argnums=0)(winograd),
+        hessian_of(winograd),
         wanted,
         rtol=1e-5,
         atol=1e-5 * np.abs(wanted).max(),

@@ -43,8 +43,17 @@ def run(config):
     return json.loads((config.out / "results.json").read_text())
 
 
-def test_every_method_runs_and_more_can_be_added(config, tmp_path, capsys):
-    first = run(config(tmp_path, methods=("si",)))
+def test_every_method_runs_and_more_can_be_added(config, tmp_path, capsys, monkeypatch):
+    drawn = []
+
+    def figure(_runs, name, _published):
+        drawn.append(name)
+        return Figure()
+
+    with monkeypatch.context() as patched:
+        patched.setattr(permuted_mnist, "figure", figure)
+        first = run(config(tmp_path, methods=("si",)))
+    assert drawn == ["MNIST"], "the figure names its data"
     assert set(first["runs"]) == {"si c=0.1"}
     record = run(config(tmp_path))
     assert record["runs"]["si c=0.1"] == first["runs"]["si c=0.1"]
@@ -69,22 +78,10 @@ def test_every_method_runs_and_more_can_be_added(config, tmp_path, capsys):
     assert "Finished before" in capsys.readouterr().out
 
 
-def test_the_figure_names_its_data(config, tmp_path, monkeypatch):
-    names = []
-
-    def figure(_runs, name, _published):
-        names.append(name)
-        return Figure()
-
-    monkeypatch.setattr(permuted_mnist, "figure", figure)
-    run(config(tmp_path, methods=("si",)))
-    assert names == ["MNIST"]
-
-
 def test_the_state_is_as_narrow_as_it_is_asked_to_be(config, tmp_path):
     narrow = config(tmp_path, methods=("si",), state_dtype="bfloat16")
     (method,) = permuted_mnist.methods(narrow).values()
-    carry = method.make_learner(0.1, 0.1).init(jax.random.key(0))
+    carry = jax.eval_shape(method.make_learner(0.1, 0.1).init, jax.random.key(0))
     _, *held = si_jax.synapses(carry.opt_state)
     assert {str(x.dtype) for x in jax.tree.leaves(held)} == {"bfloat16"}
 

@@ -90,7 +90,7 @@ def test_bfloat16_trains_alike_with_float32_parameters_and_synapses(config, tmp_
         task = jax.tree.map(lambda x: x[0], problem.stages)
         examples = jax.tree.map(jnp.asarray, problem.train)
         pieces = split_cifar.make_learner(settings)(0.1, 1e-3)
-        epoch, carry = jax.jit(pieces.epoch), pieces.init(jax.random.key(0))
+        epoch, carry = jax.jit(pieces.epoch), jax.jit(pieces.init)(jax.random.key(0))
         with jax.numpy_dtype_promotion("standard"):
             carry, _ = epoch(carry, examples, task, jax.random.key(1))
         synapses = si_jax.synapses(carry.opt_state)

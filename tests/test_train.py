@@ -19,6 +19,7 @@ from si_jax import ewc, metrics, sweep, tasks
 from si_jax.data import Examples
 from si_jax.models import MLP, mask_logits
 from si_jax.train import (
+    Learner,
     consolidate,
     consolidate_fisher,
     correlations,
@@ -51,12 +52,16 @@ TRAIN_TASKS, TEST_TASKS = (
 )
 
 
+def compiled(pieces):
+    return Learner(*map(jax.jit, pieces))
+
+
 def make(strength=0.3, *, inner=None, batch_size=16, fresh=True, **more):
     inner = inner or lenient(optax.adam(0.01))
     tx = si_jax.with_synaptic_intelligence(inner, strength, 0.01)
     boundary = [consolidate, reset(tx)] if fresh else [consolidate]
     more = {"batch_size": batch_size, "boundary": boundary} | more
-    return learner(MODEL, tx, (3, 3, 1), **more)
+    return compiled(learner(MODEL, tx, (3, 3, 1), **more))
 
 
 def run(key, strength=0.3, **kwargs):
@@ -99,7 +104,7 @@ def test_an_epoch_is_one_pass_in_batches_the_last_one_smaller():
         value, grads = value_and_grad(params, rows)
         params = jax.tree.map(lambda p, g: p - 0.5 * g, params, grads)
         total += float(value) * len(rows)
-    after, report = jax.jit(pieces.epoch)(carry, on_device(TRAIN), task, key)
+    after, report = pieces.epoch(carry, on_device(TRAIN), task, key)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
         after.params,
@@ -129,7 +134,7 @@ def test_examples_of_other_tasks_behind_the_padding_do_no_harm():
     assert int(task.size) % 64 != 0
     key = jax.random.key(0)
     carry = pieces.init(key)
-    compiled, expected = jax.jit(pieces.epoch)(carry, on_device(TRAIN), task, key)
+    compiled, expected = pieces.epoch(carry, on_device(TRAIN), task, key)
     with jax.disable_jit():
         eager, report = pieces.epoch(carry, on_device(TRAIN), task, key)
     jax.tree.map(
@@ -245,7 +250,7 @@ def test_a_grid_is_swept_in_one_program():
 
 def test_epochs_report_what_synaptic_intelligence_sees():
     pieces = make(30.0, inner=optax.sgd(0.05), fresh=False)
-    epoch = jax.jit(pieces.epoch)
+    epoch = pieces.epoch
     first, second = (jax.tree.map(lambda x, i=i: x[i], TRAIN_TASKS) for i in (0, 1))
     carry, examples = pieces.init(jax.random.key(0)), on_device(TRAIN)
     omega = drop = 0.0
@@ -306,7 +311,7 @@ def test_without_synaptic_intelligence_epochs_report_the_rest(elastic, fresh):
     link = ewc.elastic_weight_consolidation(10.0)
     tx = optax.chain(link, adam) if elastic else adam
     boundary = [consolidate_fisher(MODEL, 20)] * elastic + [reset(tx)] * fresh
-    pieces = learner(MODEL, tx, (3, 3, 1), batch_size=16, boundary=boundary)
+    pieces = compiled(learner(MODEL, tx, (3, 3, 1), batch_size=16, boundary=boundary))
     first, second = (jax.tree.map(lambda x, i=i: x[i], TRAIN_TASKS) for i in (0, 1))
     carry, examples = pieces.init(jax.random.key(0)), on_device(TRAIN)
     carry, _ = pieces.epoch(carry, examples, first, jax.random.key(1))
@@ -326,12 +331,12 @@ def test_dropout_is_drawn_anew_at_every_step_and_off_in_evaluation():
     tx = si_jax.with_synaptic_intelligence(optax.sgd(0.1), 0.0)
 
     def pieces(dropout):
-        return learner(model, tx, (3, 3, 1), batch_size=16, dropout=dropout)
+        return compiled(learner(model, tx, (3, 3, 1), batch_size=16, dropout=dropout))
 
     dropped, plain = pieces(True), pieces(False)
     task = jax.tree.map(lambda x: x[0], TRAIN_TASKS)
     carry, examples = plain.init(jax.random.key(0)), on_device(TRAIN)
-    epoch = jax.jit(dropped.epoch)
+    epoch = dropped.epoch
     once, again, other = (
         epoch(carry, examples, task, jax.random.key(i))[0].params for i in (1, 1, 2)
     )
@@ -354,9 +359,11 @@ def test_parts_of_a_batch_add_up_to_its_gradient():
     tx = si_jax.with_synaptic_intelligence(optax.sgd(0.5), 0.0)
     found = []
     for part in (0, 8):
-        pieces = learner(MODEL, tx, (3, 3, 1), batch_size=32, micro_batch=part)
+        pieces = compiled(
+            learner(MODEL, tx, (3, 3, 1), batch_size=32, micro_batch=part)
+        )
         carry = pieces.init(jax.random.key(0))
-        epoch = jax.jit(pieces.epoch)
+        epoch = pieces.epoch
         found.append(epoch(carry, on_device(TRAIN), task, jax.random.key(1)))
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), *found
@@ -383,7 +390,7 @@ def test_from_scratch_every_task_starts_with_the_initial_network(tmp_path):
     second = jax.tree.map(lambda x: x[1], TRAIN_TASKS)
     for i in range(2):
         keys = epoch_key(key, 1, i)
-        carry, _ = jax.jit(pieces.epoch)(carry, on_device(TRAIN), second, keys)
+        carry, _ = pieces.epoch(carry, on_device(TRAIN), second, keys)
     expected = pieces.evaluate(carry, on_device(TEST), TEST_TASKS)
     np.testing.assert_allclose(result["test"][0, 1], expected, atol=0.03)
 
@@ -438,9 +445,9 @@ def test_finish_merges_the_fisher_information_of_the_tasks_examples():
     count = int(task.size)
     twice = consolidate_fisher(MODEL, 2 * count)  # each of the examples
     boundary = [twice, consolidate, reset(tx)]
-    pieces = learner(MODEL, tx, (3, 3, 1), batch_size=16, boundary=boundary)
+    pieces = compiled(learner(MODEL, tx, (3, 3, 1), batch_size=16, boundary=boundary))
     carry = pieces.init(jax.random.key(0))
-    carry = jax.jit(pieces.finish)(carry, on_device(TRAIN), task, jax.random.key(1))
+    carry = pieces.finish(carry, on_device(TRAIN), task, jax.random.key(1))
     images, _ = tasks.look_up(on_device(TRAIN), task.rows[:count])
 
     def logits(params, image):
@@ -500,7 +507,7 @@ def drive(make, problem, folder, *, seeds=2, epochs=3, **values):
 def make_permuted(strength, remember=3):
     tx = si_jax.with_synaptic_intelligence(lenient(optax.adam(0.01)), strength, 0.01)
     pieces = learner(MODEL, tx, (3, 3, 1), batch_size=16, boundary=[consolidate])
-    return remembering(pieces, remember) if remember else pieces
+    return compiled(remembering(pieces, remember) if remember else pieces)
 
 
 def test_the_driver_permutes_each_run_its_own_way_and_correlates_omega(tmp_path):
@@ -526,11 +533,11 @@ def test_the_driver_permutes_each_run_its_own_way_and_correlates_omega(tmp_path)
         for number, copy in enumerate(map(on_device, copies)):
             for i in range(3):
                 key_i = epoch_key(key, number, i)
-                carry, _ = jax.jit(pieces.epoch)(carry, copy, task, key_i)
+                carry, _ = pieces.epoch(carry, copy, task, key_i)
             omega = si_jax.synapses(carry.opt_state).path_integral
             omegas.append(np.ravel(omega["params"]["Dense_0"]["kernel"]))
             end = epoch_key(key, number, 3)
-            carry = jax.jit(pieces.finish)(carry, copy, task, end)
+            carry = pieces.finish(carry, copy, task, end)
         np.testing.assert_allclose(
             result["correlations"][name][seed], np.corrcoef(omegas), atol=1e-3
         )
@@ -561,7 +568,7 @@ def test_what_is_remembered_is_the_newest_last():
     task = jax.tree.map(lambda x: x[0], TRAIN_TASKS)
     seen = []
     for i in range(3):
-        carry, _ = jax.jit(pieces.epoch)(carry, examples, task, jax.random.key(i))
+        carry, _ = pieces.epoch(carry, examples, task, jax.random.key(i))
         seen.append(si_jax.synapses(carry.opt_state).path_integral)
         carry = pieces.finish(carry, examples, task, jax.random.key(i))
     jax.tree.map(
