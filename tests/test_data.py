@@ -3,6 +3,8 @@
 import gzip
 import http.server
 import io
+import json
+import sys
 import tarfile
 import threading
 import time
@@ -12,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from si_jax import data
+from si_jax import data, tfrecord
 from si_jax.data import Examples
 
 
@@ -247,6 +249,146 @@ def test_cifar_is_downloaded_and_parsed(name, server, tmp_path, monkeypatch):
         for part in (train, test)
     ]
     assert_same(loaded[2:], expected)
+
+
+# --- What TensorFlow has prepared -----------------------------------------------------
+
+
+def crc32c(content):
+    """Bit by bit, as RFC 3720 defines it."""
+    crc = 0xFFFFFFFF
+    for byte in content:
+        crc ^= byte
+        for _ in range(8):
+            crc = crc >> 1 ^ 0x82F63B78 * (crc & 1)
+    return crc ^ 0xFFFFFFFF
+
+
+def framed(content):
+    """A record of a TFRecord file."""
+
+    def checked(part):
+        crc = crc32c(part)
+        masked = ((crc >> 15 | crc << 17 & 0xFFFFFFFF) + 0xA282EAD8) & 0xFFFFFFFF
+        return part + masked.to_bytes(4, "little")
+
+    return checked(len(content).to_bytes(8, "little")) + checked(content)
+
+
+def example(image, label):
+    """A tf.train.Example of a PNG and a number."""
+    from PIL import Image
+    from tensorflow_datasets.proto import tf_example_pb2, tf_feature_pb2
+
+    png = io.BytesIO()
+    Image.fromarray(image.squeeze()).save(png, "PNG")
+    of = tf_feature_pb2.Feature
+    features = {
+        "image": of(bytes_list=tf_feature_pb2.BytesList(value=[png.getvalue()])),
+        "label": of(int64_list=tf_feature_pb2.Int64List(value=[label])),
+    }
+    features = tf_feature_pb2.Features(feature=features)
+    return tf_example_pb2.Example(features=features).SerializeToString()
+
+
+@pytest.fixture
+def tfrecords(fake, tmp_path):
+    """MNIST's folder as TFDS lays it out by default, its training set in two files."""
+    folder = tmp_path / "mnist" / "3.0.1"
+    folder.mkdir(parents=True)
+    splits = []
+    for split, (images, labels), sizes in zip(
+        ("train", "test"), fake, ([7, 3], [5]), strict=True
+    ):
+        records = [framed(example(*pair)) for pair in zip(images, labels, strict=True)]
+        for i, size in enumerate(sizes):
+            name = f"mnist-{split}.tfrecord-{i:05}-of-{len(sizes):05}"
+            (folder / name).write_bytes(b"".join(records[sum(sizes[:i]) :][:size]))
+        splits.append(
+            {
+                "name": split,
+                "filepathTemplate": "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}",
+                "shardLengths": [str(size) for size in sizes],
+            }
+        )
+    info = {
+        "name": "mnist",
+        "version": "3.0.1",
+        "fileFormat": "tfrecord",
+        "splits": splits,
+    }
+    (folder / "dataset_info.json").write_text(json.dumps(info))
+    return folder
+
+
+def test_records_are_read_as_tensorflow_writes_them(tmp_path):
+    path = tmp_path / "two.tfrecord"  # tf.io.TFRecordWriter's, of b"omega" and b""
+    path.write_bytes(
+        bytes.fromhex(
+            "0500000000000000eab2043e6f6d65676189a429ff000000000000000029039807d8ea82a2"
+        )
+    )
+    assert list(tfrecord.read(path)) == [b"omega", b""]
+    assert path.read_bytes() == framed(b"omega") + framed(b"")
+
+
+@pytest.mark.usefixtures("tfrecords")
+def test_tfrecords_are_read_without_tensorflow(fake, tmp_path):
+    digits = data.load("mnist", data_dir=tmp_path)
+    assert digits.name == "mnist"
+    assert_same(digits[2:], fake)
+    assert "tensorflow" not in sys.modules
+
+
+@pytest.mark.parametrize(
+    ("cut", "what"),
+    [
+        (lambda content, _: content[:-1], "ends within a record"),
+        (lambda content, first: content[: first + 3], "ends within a record"),
+        (lambda content, first: content[: first + 9], "ends within a record"),
+        (lambda content, first: content[: first + 40], "ends within a record"),
+        (lambda content, first: content[:first], "holds 1 examples, not 3"),
+        (lambda content, first: content + content[:first], "holds 4 examples, not 3"),
+        (lambda content, _: content[:60] + b"?" + content[61:], "checksum does not"),
+        (lambda content, _: b"\xff" * 8 + content[8:], "checksum does not"),
+    ],
+)
+def test_damaged_tfrecords_are_named(cut, what, fake, tfrecords, tmp_path):
+    file = tfrecords / "mnist-train.tfrecord-00001-of-00002"
+    first = len(framed(example(fake[0].images[7], 7)))
+    file.write_bytes(cut(file.read_bytes(), first))
+    with pytest.raises(data.DataError, match=what) as error:
+        data.load("mnist", data_dir=tmp_path)
+    assert str(file) in str(error.value)
+    assert "Remove it and prepare it again" in str(error.value)
+    assert not (tmp_path / "si_jax").exists(), "nothing is cached"
+
+
+def test_a_missing_tfrecord_file_is_named(tfrecords, tmp_path):
+    file = tfrecords / "mnist-test.tfrecord-00000-of-00001"
+    file.unlink()
+    with pytest.raises(data.DataError, match="is damaged") as error:
+        data.load("mnist", data_dir=tmp_path)
+    assert str(file) in str(error.value)
+
+
+def test_a_format_that_is_not_read_is_named(tfrecords, tmp_path):
+    info = tfrecords / "dataset_info.json"
+    info.write_text(info.read_text().replace('"tfrecord"', '"riegeli"'))
+    message = "riegeli format; only array_record and tfrecord are read"
+    with pytest.raises(data.DataError, match=message):
+        data.load("mnist", data_dir=tmp_path)
+
+
+@pytest.mark.usefixtures("tfrecords")
+@pytest.mark.parametrize("package", ["tensorflow-datasets", "google_crc32c"])
+def test_a_package_that_is_missing_is_named(package, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, package.replace("-", "_"), None)
+    monkeypatch.delitem(sys.modules, "si_jax.tfrecord")
+    monkeypatch.delattr("si_jax.tfrecord")
+    message = rf"{package} is not installed: pip install 'si_jax\[experiments\]'"
+    with pytest.raises(data.DataError, match=message):
+        data.load("mnist", data_dir=tmp_path)
 
 
 # --- Real data ------------------------------------------------------------------------
