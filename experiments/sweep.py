@@ -47,7 +47,7 @@ class Config(split_mnist.Setting):
 def choose(accuracy: np.ndarray) -> tuple[int, int]:
     """The point of the best mean: ``(seeds, strengths, dampings)`` to two indices."""
     mean = accuracy.mean(axis=0)
-    strength, damping = np.unravel_index(mean.argmax(), mean.shape)
+    strength, damping = np.unravel_index(np.argmax(mean), mean.shape)
     return int(strength), int(damping)
 
 

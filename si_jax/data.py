@@ -381,8 +381,9 @@ def _read_cifar(
                     tar.extractfile(members[n]).read()  # type: ignore[union-attr]
                     for n in names
                 )
-                rows = np.frombuffer(content, np.uint8)
-                rows = rows.reshape(-1, label_bytes + 3 * 32 * 32)
+                rows = np.frombuffer(content, np.uint8).reshape(
+                    -1, label_bytes + 3 * 32 * 32
+                )
                 images = rows[:, label_bytes:].reshape(-1, 3, 32, 32)
                 return Examples(
                     np.ascontiguousarray(images.transpose(0, 2, 3, 1)),

@@ -304,9 +304,9 @@ def average_accuracy(
         means = [np.asarray(x).mean(0) for x in curves.values()]
         best = max(mean[-1] for mean in means)
         controls = [np.mean(np.asarray(x)) for x in (single, joint) if x is not None]
-        top = max([*(mean.max() for mean in means), *controls])
+        top = max([*(np.max(mean) for mean in means), *controls])
         zoom.set_ylim(2 * best - top - 0.01, top + 0.003)
-        lowest = min(mean.min() for mean in means)
+        lowest = min(np.min(mean) for mean in means)
         whole.set_ylim(min(0.4, lowest - 0.02), 1.02)
         whole.set_xticks(range(1, tasks + 1))
         whole.set_xlabel("Tasks learned")
