@@ -399,6 +399,7 @@ def prepared(name):
     return (folder.expanduser() / name).exists()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not prepared("mnist"), reason="MNIST is not prepared by TFDS here")
 def test_real_mnist_through_tfds(monkeypatch):
     """Read from the prepared folder, not from the cache."""

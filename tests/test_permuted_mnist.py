@@ -43,6 +43,7 @@ def run(config):
     return json.loads((config.out / "results.json").read_text())
 
 
+@pytest.mark.slow
 def test_every_method_runs_and_more_can_be_added(config, tmp_path, capsys, monkeypatch):
     drawn = []
 

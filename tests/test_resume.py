@@ -58,6 +58,7 @@ def test_killed_at_random_moments(small, through, tmp_path):
     assert logged(out) == logged(through)
 
 
+@pytest.mark.slow
 def test_killed_with_ewc_dropout_and_remembered_omega(small, tmp_path):
     more = ["permuted_mnist", *small, "--methods", "si", "ewc", "sgd+dropout"]
     more += ["--tasks", "3", "--batch-size", "100", "--fisher-examples", "50"]
@@ -89,6 +90,7 @@ def test_interrupted_and_its_newest_checkpoint_damaged(small, through, tmp_path)
     assert accuracies(out) == accuracies(through)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="cannot take a core")
 def test_resuming_on_another_number_of_devices(small, tmp_path):
     """Three runs are four on two devices, one of them padding, and three on one."""
@@ -116,6 +118,7 @@ def test_another_configuration_is_refused_before_anything_is_finished(small, tmp
     assert "epochs: 30 there, 3 now" in errors
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_runs_and_survive_the_loss_of_one(small, tmp_path):
     """Equal to one process; lost one, the other says so, and both go on."""
     more = ["split_mnist", *small, "--seeds", "4", "--epochs", "6"]

@@ -66,6 +66,7 @@ def test_figure_1_shows_forgetting_and_its_remedy(drawn):
 # --- Quadratic losses -----------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_error_falls_with_the_learning_rate_and_averages_are_half_the_hessian(tmp_path):
     config = quadratic.Config(
         out=tmp_path,
@@ -140,6 +141,7 @@ def test_importances_of_a_small_network(tmp_path):
     assert [panel.get_title() for panel in figure.axes] == ["layer 1", "layer 2"]
 
 
+@pytest.mark.slow
 def test_hessian_is_the_losses(monkeypatch):
     """The Fisher information that stands for it, against the Hessian of the loss."""
     config = importance.Config(data="mnist5k", epochs=1, hidden=(3,), examples=800)

@@ -48,6 +48,7 @@ def test_tasks_are_cifar_10_and_half_of_cifar_100(config, tmp_path):
     assert two.stages.size.tolist() == [100, 100]
 
 
+@pytest.mark.slow
 def test_every_method_runs(config, tmp_path, capsys):
     """The first task once; before any consolidation it is the same whatever c."""
     settings = config(tmp_path / "all", data="cifar10", strengths=(100.0,), examples=16)
@@ -82,6 +83,7 @@ def test_every_method_runs(config, tmp_path, capsys):
         assert runs["fine-tuning"][split] == of_alone["fine-tuning"][split]
 
 
+@pytest.mark.slow
 def test_bfloat16_trains_alike_with_float32_parameters_and_synapses(config, tmp_path):
     found = []
     for compute in ("float32", "bfloat16"):
