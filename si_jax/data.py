@@ -25,6 +25,8 @@ import numpy as np
 
 _log = logging.getLogger(__name__)
 
+_PATIENCE = 8.0  # seconds to wait for a server before a download
+
 Source = Literal["tfds", "mnist5k"]
 
 
@@ -329,7 +331,7 @@ def _probe(name: str, folder: Path) -> None:
     # The timeout is one address's, and a name's look-up has none: bound the whole.
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
-    thread.join(timeout=8)
+    thread.join(timeout=_PATIENCE)
     problem = reached[0] if reached else "no answer"
     if problem:
         embedded = (

@@ -2,19 +2,15 @@
 
 import dataclasses
 import json
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
+from started import run
 
 from experiments import command
 from experiments.command import CONFIGS, UserError, parse
 from experiments.split_mnist import Config
-
-ROOT = Path(__file__).parent.parent
 
 
 def test_the_file_gives_defaults_and_the_command_line_overrides(tmp_path):
@@ -135,22 +131,12 @@ def test_accelerators_keep_what_they_compile(backend, environment, kept, monkeyp
     assert folder == ("/cache/si_jax" if kept else None)
 
 
-def split_mnist(*arguments, **environment):
-    return subprocess.run(
-        [sys.executable, "-m", "experiments.split_mnist", *arguments],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env={**os.environ, **environment},
-    )
-
-
 def test_the_command_from_start_to_finish(tmp_path):
     out = tmp_path / "out"
-    common = ["--data", "mnist5k", "--seeds", "2", "--out", str(out), "--epochs"]
-    first = split_mnist(*common, "3")
-    assert first.returncode == 0, first.stderr
-    assert first.stderr == "", "no bar where there is no terminal"
+    common = ["split_mnist", "--data", "mnist5k", "--seeds", "2", "--epochs"]
+    status, said, errors = run(*common, "3", out=out)
+    assert status == 0, errors
+    assert "%|" not in errors, "no bar where there is no terminal"
     for word in (
         "si c=1: task 5/5, tasks so far 0.",
         "si c=1",
@@ -159,7 +145,7 @@ def test_the_command_from_start_to_finish(tmp_path):
         "average",
         "±",
     ):
-        assert word in first.stdout
+        assert word in said
     files = {"config.json", "results.json", "metrics.jsonl", "checkpoints"}
     shown = {p.name for p in out.iterdir() if not p.name.startswith(".")}
     assert shown == files | {
@@ -172,21 +158,22 @@ def test_the_command_from_start_to_finish(tmp_path):
     assert mean["si c=1"] > mean["fine-tuning"] + 0.02
     assert mean["sgd"] > mean["fine-tuning"] + 0.02
 
-    again = split_mnist(*common, "3")
-    assert again.returncode == 0, again.stderr
-    assert "Finished before" in again.stdout
+    status, said, errors = run(*common, "3", out=out)
+    assert status == 0, errors
+    assert "Finished before" in said
     assert (out / "results.json").read_text() == results
 
-    other = split_mnist(*common, "2")
-    assert other.returncode == 1
-    assert other.stderr.startswith(f"error: {out} holds the results of another")
-    assert "epochs: 3 there, 2 now" in other.stderr
+    status, _, errors = run(*common, "2", out=out)
+    assert status == 1
+    assert f"error: {out} holds the results of another" in errors
+    assert "epochs: 3 there, 2 now" in errors
     assert (out / "results.json").read_text() == results
 
 
 def test_without_data_the_command_says_what_to_do(tmp_path):
-    lost = split_mnist("--data-dir", str(tmp_path), "--out", str(tmp_path / "out"))
-    assert lost.returncode == 1
-    assert lost.stderr.startswith("error: mnist is not in")
-    assert "--data mnist5k" in lost.stderr
-    assert "Traceback" not in lost.stderr
+    out = tmp_path / "out"
+    status, _, errors = run("split_mnist", "--data-dir", tmp_path, out=out)
+    assert status == 1
+    assert "error: mnist is not in" in errors
+    assert "--data mnist5k" in errors
+    assert "Traceback" not in errors
