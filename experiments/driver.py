@@ -1,17 +1,19 @@
 """Run one method, all its runs at once: an epoch a dispatch, with checkpoints."""
 
 import functools
+import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from tqdm import tqdm
 
 from experiments.command import Options
 from experiments.record import Record, is_first
-from si_jax import metrics, sweep
+from si_jax import metrics, sweep, tasks
 from si_jax.data import Examples
 from si_jax.tasks import Task, permute
 from si_jax.train import (
@@ -36,6 +38,8 @@ class Problem(NamedTuple):
       stages: what is trained on, one after the other, if not on ``train_tasks``.
       permutations: through how many permutations of the pixels, each run's own, the
         tasks see the examples; 0 as they are.
+      growing: whether the outputs of the stages so far take part in every evaluation,
+        besides those of the task it is on, as in class-incremental learning.
     """
 
     train: Examples
@@ -44,6 +48,14 @@ class Problem(NamedTuple):
     test_tasks: Task
     stages: Task | None = None
     permutations: int = 0
+    growing: bool = False
+
+
+def all_at_once(problem: Problem) -> Problem:
+    """The tasks as one stage: joint training."""
+    return problem._replace(
+        stages=tasks.together(problem.stages or problem.train_tasks)
+    )
 
 
 class State(NamedTuple):
@@ -95,7 +107,8 @@ class Pieces(NamedTuple):
       init: ``runs → carry``.
       epoch: ``(carry, runs, stage, epoch) → (carry, Epoch)``; donates the carry.
       finish: ``(carry, runs, stage, epoch) → carry``; likewise.
-      evaluate: ``(carry, runs, "test" or "train") → accuracy (runs, tasks)``.
+      evaluate: ``(carry, runs, "test" or "train", stage) → accuracy (runs, tasks)``
+        after a stage; -1 before the first.
       correlate: ``carry → {parameter: (runs, tasks, tasks)}``, of ω.
       to_devices: shares out arrays with a first axis over the runs.
       to_host: gathers them.
@@ -105,7 +118,7 @@ class Pieces(NamedTuple):
     init: Callable[[Any], Carry]
     epoch: Callable[[Carry, Any, int, int], tuple[Carry, Epoch]]
     finish: Callable[[Carry, Any, int, int], Carry]
-    evaluate: Callable[[Carry, Any, str], np.ndarray]
+    evaluate: Callable[[Carry, Any, str, int], np.ndarray]
     correlate: Callable[[Carry], dict[str, np.ndarray]]
     to_devices: Callable[[Any], Any]
     to_host: Callable[[Any], Any]
@@ -127,6 +140,7 @@ def compile_pieces(
       max_parallel: how many of one device go side by side.
     """
     mesh = sweep.mesh(runs)
+    programs = _programs(make_learner, mesh, problem.permutations, max_parallel)
     stages = problem.stages or problem.train_tasks
     data = sweep.replicate(
         {
@@ -136,6 +150,41 @@ def compile_pieces(
         },
         mesh,
     )
+    outputs = np.asarray(stages.classes) & problem.growing
+    active = np.concatenate([outputs, np.zeros_like(outputs[:1])])  # none at stage -1
+    to_host = functools.partial(sweep.gather, runs=runs)
+    return Pieces(
+        init=programs.init,
+        epoch=lambda carry, own, *at: programs.epoch(carry, own, data["stages"], *at),
+        finish=lambda carry, own, *at: programs.finish(carry, own, data["stages"], *at),
+        evaluate=lambda carry, own, on, stage: to_host(
+            programs.evaluate(carry, own, data[on], active[stage])
+        ),
+        correlate=lambda carry: to_host(programs.correlate(carry)),
+        to_devices=functools.partial(sweep.spread, mesh=mesh),
+        to_host=to_host,
+        stages=len(stages.size),
+    )
+
+
+class _Programs(NamedTuple):
+    """What :class:`Pieces` call, before they are bound to a problem."""
+
+    init: Callable[..., Any]
+    epoch: Callable[..., Any]
+    finish: Callable[..., Any]
+    evaluate: Callable[..., Any]
+    correlate: Callable[..., Any]
+
+
+@functools.lru_cache(maxsize=32)
+def _programs(
+    make_learner: Callable[..., Learner],
+    mesh: Mesh,
+    permutations: int,
+    max_parallel: int | None,
+) -> _Programs:
+    """Of all problems of one shape: each is compiled once."""
 
     def of_all(piece, mapped=2, donate=False):
         """``piece(learner, seed, …)`` of every run's carry and what all share."""
@@ -150,10 +199,9 @@ def compile_pieces(
         )
 
     def seen(examples, seed):
-        if not problem.permutations:
+        if not permutations:
             return examples
-        key = permutations_key(jax.random.key(seed))
-        return permute(examples, key, problem.permutations)
+        return permute(examples, permutations_key(jax.random.key(seed)), permutations)
 
     def on_stage(learner, seed, carry, data, number, i, piece):
         examples, stages = data
@@ -161,27 +209,21 @@ def compile_pieces(
         key = epoch_key(jax.random.key(seed), number, i)
         return getattr(learner, piece)(carry, seen(examples, seed), task, key)
 
-    def evaluated(learner, seed, carry, data):
+    def evaluated(learner, seed, carry, data, active):
         examples, tasks = data
+        tasks = tasks._replace(classes=tasks.classes | active[None])
         return learner.evaluate(carry, seen(examples, seed), tasks)
 
-    init = of_all(lambda learner, seed: learner.init(init_key(jax.random.key(seed))), 1)
     epoch, finish = (
         of_all(functools.partial(on_stage, piece=piece), donate=True)
         for piece in ("epoch", "finish")
     )
-    evaluate = of_all(evaluated)
-    correlate = sweep.over_runs(correlations, mesh, max_parallel=max_parallel)
-    to_host = functools.partial(sweep.gather, runs=runs)
-    return Pieces(
-        init=init,
-        epoch=lambda carry, own, *at: epoch(carry, own, data["stages"], *at),
-        finish=lambda carry, own, *at: finish(carry, own, data["stages"], *at),
-        evaluate=lambda carry, own, on: to_host(evaluate(carry, own, data[on])),
-        correlate=lambda carry: to_host(correlate(carry)),
-        to_devices=functools.partial(sweep.spread, mesh=mesh),
-        to_host=to_host,
-        stages=len(stages.size),
+    return _Programs(
+        of_all(lambda learner, seed: learner.init(init_key(jax.random.key(seed))), 1),
+        epoch,
+        finish,
+        of_all(evaluated),
+        sweep.over_runs(correlations, mesh, max_parallel=max_parallel),
     )
 
 
@@ -207,20 +249,16 @@ def run_methods(
         problem = make_problem(config)
     elif is_first():
         print(f"Finished before: the results are those in {record.folder}.")
-    compiled: dict[Any, Pieces] = {}  # methods that differ in strength share theirs
     for name, groups in todo.items():
         method = methods[name]
         for seeds in groups:
-            kind = (method.make_learner, method.learns, len(seeds))
-            if kind not in compiled:
-                compiled[kind] = compile_pieces(
+            result = run(
+                compile_pieces(
                     method.make_learner,
                     method.learns(problem),
                     len(seeds),
                     config.max_parallel,
-                )
-            result = run(
-                compiled[kind],
+                ),
                 {
                     "strength": [method.strength] * len(seeds),
                     "damping": [config.damping] * len(seeds),
@@ -234,6 +272,48 @@ def run_methods(
                 first_task=method.first_task,
             )
             record.add(name, result, summary and functools.partial(summary, name))
+
+
+def run_grid(
+    config: Any,
+    name: str,
+    make_learner: Callable[..., Learner],
+    make_problem: Callable[[], Problem],
+    record: Record,
+    seeds: Sequence[int],
+    summary: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+    **axes: Sequence[float],
+) -> np.ndarray:
+    """Run every point of a grid with every seed, all at once, unless it is recorded.
+
+    Args:
+      config: the experiment's :class:`Options`, with ``epochs``.
+      name: the grid's, in the record.
+      make_learner: from ``axes``, traced, to the pieces of a run.
+      make_problem: the tasks; not called if the grid is finished.
+      record: keeps the results.
+      seeds: each point's.
+      summary: of the result; the seeds and ``axes`` by default.
+      **axes: the values of each hyperparameter.
+
+    Returns:
+      Accuracies ``(seeds, *axes, stages, tasks)`` on the problem's test examples.
+    """
+    if name not in record.runs:
+        own, *values = zip(*itertools.product(seeds, *axes.values()), strict=True)
+        result = run(
+            compile_pieces(make_learner, make_problem(), len(own), config.max_parallel),
+            dict(zip(axes, values, strict=True)),
+            own,
+            epochs=config.epochs,
+            method=name,
+            record=record,
+            options=config,
+        )
+        every = {"seed": list(seeds)} | {k: list(x) for k, x in axes.items()}
+        record.add(name, result, summary or (lambda _: {"axes": every}))
+    test = np.asarray(record.runs[name]["test"])
+    return test.reshape(len(seeds), *map(len, axes.values()), *test.shape[1:])
 
 
 def run(
@@ -331,7 +411,7 @@ class _Job(NamedTuple):
 def _begin(job: _Job, pieces: Pieces) -> tuple[int, State]:
     """The last checkpoint's position and state, or the untrained networks'."""
     carry = pieces.init(job.runs)
-    initial = pieces.evaluate(carry, job.runs, "test")
+    initial = pieces.evaluate(carry, job.runs, "test", -1)
     nothing = np.full((len(initial), job.stages, initial.shape[-1]), np.nan, np.float32)
     none = np.zeros((), np.float32)
     state = State(pieces.to_host(carry), nothing, nothing.copy(), initial, none)
@@ -363,7 +443,7 @@ def _end_task(job: _Job, pieces: Pieces, state: State, number: int) -> State:
     """Consolidate, and evaluate on all tasks."""
     carry = pieces.finish(state.carry, job.runs, number, job.epochs)
     for split, rows in (("test", state.test), ("train", state.train)):
-        rows[:, number] = pieces.evaluate(carry, job.runs, split)
+        rows[:, number] = pieces.evaluate(carry, job.runs, split, number)
     return state._replace(carry=carry)
 
 

@@ -190,18 +190,12 @@ def methods(config: Config) -> dict[str, Method]:
                 of_dropout = make(lambda *_: sgd, dropout=config.dropout)
                 arms = {method: Method(of_dropout)}
             case "joint":
-                arms = {method: Method(make(lambda *_: adam), learns=all_at_once)}
+                of_all = Method(make(lambda *_: adam), learns=driver.all_at_once)
+                arms = {method: of_all}
             case "single":
                 arms = {method: Method(make(lambda *_: adam), learns=only_the_first)}
         found |= arms
     return found
-
-
-def all_at_once(problem: driver.Problem) -> driver.Problem:
-    """All tasks as one."""
-    return problem._replace(
-        stages=tasks.together(problem.stages or problem.train_tasks)
-    )
 
 
 def only_the_first(problem: driver.Problem) -> driver.Problem:

@@ -314,19 +314,25 @@ def _joined(before: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
 def summarize(run: dict[str, Any]) -> dict[str, Any]:
     """Mean, standard error and deviation over the seeds of the usual measures."""
     measures = {"average_accuracy": metrics.average_accuracy}
-    if np.shape(run["test"])[1] > 1:  # tasks one after the other
+    one_by_one = np.shape(run["test"])[1] > 1
+    if one_by_one:
         measures |= {
             "learning_accuracy": metrics.learning_accuracy,
             "forgetting": metrics.forgetting,
             "backward_transfer": metrics.backward_transfer,
         }
-    return {
+    found = {
         split: {
             name: statistics(measure(np.asarray(run[split])))
             for name, measure in measures.items()
         }
         for split in ("test", "train")
     }
+    if one_by_one:
+        test, initial = np.asarray(run["test"]), np.asarray(run["initial"])
+        forward = metrics.forward_transfer(test, initial)
+        found["test"]["forward_transfer"] = statistics(forward)
+    return found
 
 
 def statistics(values: Any) -> dict[str, float | None]:

@@ -1,7 +1,6 @@
 """Choose c and ξ for split MNIST on held-out data: ``python -m experiments.sweep``."""
 
 import dataclasses
-import itertools
 import json
 
 import numpy as np
@@ -9,7 +8,7 @@ import optax
 from matplotlib.figure import Figure
 
 from experiments import command, driver, split_mnist
-from experiments.record import Record, is_first, table
+from experiments.record import Record, is_first, summarize, table
 from si_jax import figures, metrics
 
 GRID = "grid"
@@ -55,40 +54,31 @@ def run(config: Config) -> None:
     """Run the grid, choose, and run the choice; what is finished is not repeated."""
     record = Record("sweep", config, default=config.data)
     make_learner = split_mnist.make_learner(config, optax.adam(config.learning_rate))
-
-    def train(method, seeds, strengths, dampings, problem):
-        pieces = driver.compile_pieces(
-            make_learner, problem, len(seeds), config.max_parallel
-        )
-        return driver.run(
-            pieces,
-            {"strength": strengths, "damping": dampings},
-            seeds,
-            epochs=config.epochs,
-            method=method,
-            record=record,
-            options=config,
-        )
-
-    shape = (config.seeds, len(config.strengths), len(config.dampings))
-    if GRID not in record.runs:
-        seeds, strengths, dampings = zip(
-            *itertools.product(range(config.seeds), config.strengths, config.dampings),
-            strict=True,
-        )
-        held = split_mnist.make_problem(config, config.held_out)
-        grid = train(GRID, seeds, strengths, dampings, held)
-        record.add(GRID, grid, lambda _: {"axes": ["seed", "strength", "damping"]})
-    held_out = np.asarray(record.runs[GRID]["test"])
-    accuracy = np.asarray(metrics.average_accuracy(held_out)).reshape(shape)
+    held_out = driver.run_grid(
+        config,
+        GRID,
+        make_learner,
+        lambda: split_mnist.make_problem(config, config.held_out),
+        record,
+        range(config.seeds),
+        strength=config.strengths,
+        damping=config.dampings,
+    )
+    accuracy = np.asarray(metrics.average_accuracy(held_out))
     best = choose(accuracy)
     strength, damping = config.strengths[best[0]], config.dampings[best[1]]
     choice = f"si c={strength:g} ξ={damping:g}"
-    if choice not in record.runs:
-        fresh = range(config.seeds, 2 * config.seeds)
-        n, problem = config.seeds, split_mnist.make_problem(config)
-        result = train(choice, fresh, [strength] * n, [damping] * n, problem)
-        record.add(choice, result)
+    driver.run_grid(
+        config,
+        choice,
+        make_learner,
+        lambda: split_mnist.make_problem(config),
+        record,
+        range(config.seeds, 2 * config.seeds),
+        summarize,
+        strength=[strength],
+        damping=[damping],
+    )
     if is_first():
         report(config, record, accuracy, best, choice)
 

@@ -22,6 +22,7 @@ STYLE: dict[Any, Any] = {
     "pdf.fonttype": 42,  # editable text
     "savefig.dpi": 200,
 }
+COLOURS = [f"C{i}" for i in range(10)]  # of Matplotlib's cycle
 
 
 def _standard_error(curve: np.ndarray) -> np.ndarray:
@@ -315,6 +316,66 @@ def average_accuracy(
             *whole.get_legend_handles_labels(),
             loc="outside lower center",
             ncols=3,
+            frameon=False,
+        )
+    return figure
+
+
+def scenarios(
+    panels: Mapping[str, Mapping[str, ArrayLike]], *, suptitle: str | None = None
+) -> Figure:
+    """Accuracy, averaged over the tasks so far, in several scenarios.
+
+    Args:
+      panels: for each scenario and method, accuracies ``(seeds, tasks, tasks)``: after
+        each task (rows), on each task (columns); ``(seeds, 1, tasks)`` of a method that
+        learns all tasks at once.
+      suptitle: a line over the figure.
+
+    Returns:
+      A panel a scenario, a line a method, dashed if it learns all tasks at once; bands
+      are the standard error over the seeds.
+
+    Example:
+      >>> from si_jax import figures
+      >>> accuracy = [[[0.9, 0.5], [0.8, 0.9]]]  # a seed, two tasks
+      >>> figure = figures.scenarios({"task": {"si": accuracy}, "class": {}})
+      >>> print([panel.get_title() for panel in figure.axes])
+      ['task', 'class']
+    """
+    names = list(dict.fromkeys(name for methods in panels.values() for name in methods))
+    style = dict(zip(names, zip(itertools.cycle("os^DvPX"), COLOURS), strict=False))
+    with matplotlib.rc_context(STYLE):
+        size = (2.3 * len(panels) + 0.3, 2.9)
+        figure = Figure(figsize=size, layout="constrained")
+        axes = figure.subplots(1, len(panels), sharex=True, sharey=True, squeeze=False)
+        lines = {}
+        for panel, (title, methods) in zip(axes[0], panels.items(), strict=True):
+            for name, values in methods.items():
+                matrix, (marker, colour) = np.asarray(values), style[name]
+                if matrix.shape[1] == 1 < matrix.shape[2]:
+                    level = matrix.mean()
+                    lines[name] = panel.axhline(level, color="0.4", linestyle="--")
+                    continue
+                curve = np.asarray(metrics.average_accuracy_so_far(matrix))
+                after = np.arange(1, curve.shape[1] + 1)
+                mean, error = curve.mean(0), _standard_error(curve)
+                (lines[name],) = panel.plot(
+                    after, mean, color=colour, marker=marker, markersize=3
+                )
+                band = (mean - error, mean + error)
+                panel.fill_between(after, *band, color=colour, alpha=0.2, linewidth=0)
+                panel.set_xticks(after)
+            panel.set_title(title)
+            panel.set_xlabel("Tasks learned")
+        axes[0, 0].set_ylabel("Average accuracy")
+        axes[0, 0].set_ylim(0, 1.02)
+        figure.suptitle(suptitle or "", fontsize=STYLE["font.size"])
+        figure.legend(
+            [lines[name] for name in names],
+            names,
+            loc="outside lower center",
+            ncols=len(names),
             frameon=False,
         )
     return figure

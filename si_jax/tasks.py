@@ -114,10 +114,10 @@ def permuted(examples: int, count: int, outputs: int) -> Task:
 
 
 def together(tasks: Task) -> Task:
-    """One task of all the examples of several of equal size: joint training.
+    """One task of all the examples of several: joint training.
 
     Args:
-      tasks: stacked tasks.
+      tasks: stacked tasks, not traced.
 
     Returns:
       A :class:`Task` whose fields have a first axis of length 1.
@@ -128,11 +128,26 @@ def together(tasks: Task) -> Task:
       >>> print(task.rows, task.size)
       [[0 1 2 3 4 5]] [6]
     """
+    pairs = zip(np.asarray(tasks.rows), np.asarray(tasks.size), strict=True)
+    rows = np.concatenate([rows[:size] for rows, size in pairs])
     return Task(
-        tasks.rows.reshape(1, -1),
-        tasks.size.sum(keepdims=True, dtype=jnp.int32),
+        jnp.asarray(rows[None]),
+        jnp.asarray([len(rows)], jnp.int32),
         tasks.classes.any(0, keepdims=True),
     )
+
+
+def padded(tasks: Task, capacity: int) -> Task:
+    """The same tasks with more padding, to share a program with larger ones.
+
+    Example:
+      >>> from si_jax import tasks
+      >>> print(tasks.padded(tasks.permuted(2, 2, outputs=4), 3).rows)
+      [[0 1 0]
+       [2 3 0]]
+    """
+    more = capacity - tasks.rows.shape[-1]
+    return tasks._replace(rows=jnp.pad(tasks.rows, ((0, 0), (0, more))))
 
 
 def first(tasks: Task, count: int) -> Task:

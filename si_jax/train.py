@@ -180,12 +180,16 @@ def consolidate(
     return carry._replace(opt_state=opt_state)
 
 
-def consolidate_fisher(model: Model, count: int) -> Boundary:
-    """EWC: consolidate the Fisher information of ``count`` of the task's examples.
+def consolidate_importance(
+    measure: Callable[[optax.Params, jax.Array, jax.Array, jax.Array], optax.Params],
+    count: int,
+) -> Boundary:
+    """Consolidate an importance that is measured at the task's end.
 
     Args:
-      model: the network that is trained.
-      count: if the task has fewer examples, they are taken again.
+      measure: ``(params, images, classes, key) → importance``, a tree like ``params``.
+      count: how many of the task's examples to give it, at random; if the task has
+        fewer, they are taken again.
 
     Returns:
       A :data:`Boundary` for an optimizer with
@@ -195,18 +199,42 @@ def consolidate_fisher(model: Model, count: int) -> Boundary:
     def boundary(
         carry: Carry, examples: AnyExamples, task: Task, key: jax.Array
     ) -> Carry:
-        order_key, label_key = jax.random.split(key)
+        order_key, own_key = jax.random.split(key)
         order = shuffle(task, order_key)
         images, _ = look_up(examples, order[jnp.arange(count) % task.size])
-
-        def logits(params, image):
-            return mask_logits(model.apply(params, image[None]), task.classes)[0]
-
         params, opt_state, _ = carry
-        fisher = importance.fisher(logits, params, images, label_key)
-        return carry._replace(opt_state=ewc.consolidate(opt_state, params, fisher))
+        found = measure(params, images, task.classes, own_key)
+        return carry._replace(opt_state=ewc.consolidate(opt_state, params, found))
 
     return boundary
+
+
+def consolidate_fisher(model: Model, count: int) -> Boundary:
+    """EWC: :func:`consolidate_importance` with the Fisher information."""
+
+    def measure(params, images, classes, key):
+        def logits(params, image):
+            return mask_logits(model.apply(params, image[None]), classes)[0]
+
+        return importance.fisher(logits, params, images, key)
+
+    return consolidate_importance(measure, count)
+
+
+def consolidate_sensitivity(model: Model, count: int) -> Boundary:
+    """MAS: :func:`consolidate_importance` with the sensitivity of the outputs.
+
+    Of those that take part in the task; it is summed over the tasks with ``decay=1`` of
+    :func:`si_jax.ewc.elastic_weight_consolidation`.
+    """
+
+    def measure(params, images, classes, _):
+        def outputs(params, image):
+            return jnp.where(classes, model.apply(params, image[None])[0], 0)
+
+        return importance.sensitivity(outputs, params, images)
+
+    return consolidate_importance(measure, count)
 
 
 def reset(tx: optax.GradientTransformation, *, keep_count: bool = False) -> Boundary:

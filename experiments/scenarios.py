@@ -1,0 +1,391 @@
+"""The three scenarios on split MNIST: ``python -m experiments.scenarios``.
+
+The same five pairs of digits, told apart three ways: with the task given, without it
+but with the same two outputs for every pair, and as a growing number of classes.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from matplotlib.figure import Figure
+
+import si_jax
+from experiments import command, driver, split_mnist
+from experiments.driver import Method, Problem
+from experiments.record import Record, aligned, cell, is_first, over_seeds
+from si_jax import data, ewc, figures, metrics, tasks
+from si_jax.data import Examples
+from si_jax.models import MLP
+from si_jax.train import (
+    Boundary,
+    Learner,
+    consolidate,
+    consolidate_fisher,
+    consolidate_importance,
+    consolidate_sensitivity,
+    learner,
+    reset,
+)
+
+Scenario = Literal["task", "domain", "class"]
+Name = Literal["fine-tuning", "l2", "si", "ewc", "online ewc", "mas", "joint"]
+SCENARIOS: tuple[Scenario, ...] = ("task", "domain", "class")
+GRID_SEEDS = 1_000_000  # from here on, so that the seeds of the test are fresh
+TRAIN_EVALUATED = 1000  # of each task's training examples, to evaluate on
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(split_mnist.Setting):
+    """Split MNIST in the three scenarios: task-, domain- and class-incremental.
+
+    Each method's strength c is chosen in each scenario on a part of the training set,
+    and what is chosen is then trained on all of it, with fresh seeds, and evaluated on
+    the test set.
+    """
+
+    scenario: tuple[Scenario, ...] = SCENARIOS
+    """What to run; more can be added later in the same --out."""
+    methods: tuple[Name, ...] = (
+        "fine-tuning",
+        "l2",
+        "si",
+        "ewc",
+        "online ewc",
+        "mas",
+        "joint",
+    )
+    """Likewise."""
+    seeds: int = 10
+    """Runs of each method, with the seeds 0, 1, …; more can be added later."""
+    grid_seeds: int = 1
+    """Runs of each strength to choose from, with other seeds."""
+    epochs: int = 4
+    """Passes over each task."""
+    batch_size: int = 128
+    """Examples a step."""
+    hidden: tuple[int, ...] = (400, 400)
+    """Widths of the hidden layers."""
+    zero_init_output: bool = False
+    """Start the output layer at zero."""
+    reset_optimizer: bool = False
+    """Start each task with a fresh optimizer."""
+    damping: float = 0.1
+    """ξ of eq. 5."""
+    l2_strengths: tuple[float, ...] = (1e-3, 1e-2, 0.1, 1.0)
+    """The values of c to choose from; the importance is 1 a task."""
+    si_strengths: tuple[float, ...] = (1.0, 10.0, 100.0, 1000.0)
+    """Likewise, c of eq. 4."""
+    ewc_strengths: tuple[float, ...] = (1e2, 1e3, 1e4, 1e5)
+    """Likewise, c = λ/2, of both forms of EWC."""
+    mas_strengths: tuple[float, ...] = (0.01, 0.1, 1.0, 10.0)
+    """Likewise, c = λ of MAS."""
+    importance_examples: int = 500
+    """Of each task, for EWC's Fisher information and MAS's sensitivity."""
+    held_out: float = 1 / 6
+    """The fraction of the training set to choose on."""
+
+    PICKS: ClassVar[tuple[str, ...]] = ("scenario", "methods", "seeds")
+
+    def __post_init__(self):
+        """Refuse values that make no sense."""
+        super().__post_init__()
+        counts = ("seeds", "grid_seeds", "importance_examples")
+        self.check(positive=("damping",), at_least_1=counts)
+        for name in ("l2", "si", "ewc", "mas"):
+            strengths = f"{name}_strengths"
+            split_mnist.check_strengths(strengths, getattr(self, strengths))
+        for name in ("scenario", "methods"):
+            if not getattr(self, name):
+                raise ValueError(f"{name} must name at least one")
+        if not 0 < self.held_out < 1:
+            raise ValueError(f"held_out must be between 0 and 1, got {self.held_out}")
+
+
+# --- The scenarios --------------------------------------------------------------------
+
+
+class Problems(NamedTuple):
+    """Split MNIST to choose on and to test on, in arrays of the same shapes."""
+
+    choice: Problem
+    test: Problem
+
+
+def make_problems(config: Config) -> Problems:
+    """The five pairs of digits, each with outputs of its own."""
+    digits = data.load("mnist", config.data, config.data_dir)
+    held = data.hold_out(digits, config.held_out)
+    # What is held out stays behind the rest: as many images, one compiled program.
+    images, labels = (
+        np.concatenate(x) for x in zip(held.train, held.test, strict=True)
+    )
+    rows = [
+        tasks.split_classes(labels, split_mnist.GROUPS, digits.classes)
+        for labels in (
+            held.train.labels,
+            digits.train.labels,
+            held.test.labels,
+            digits.test.labels,
+        )
+    ]
+    longest = [max(x.rows.shape[1] for x in pair) for pair in (rows[:2], rows[2:])]
+    choice, train, choice_test, test = map(tasks.padded, rows, np.repeat(longest, 2))
+    evaluated = functools.partial(tasks.first, count=TRAIN_EVALUATED)
+    choose_from = Examples(images, labels)
+    return Problems(
+        Problem(choose_from, held.test, evaluated(choice), choice_test, choice),
+        Problem(digits.train, digits.test, evaluated(train), test, train),
+    )
+
+
+def in_scenario(scenario: Scenario, problem: Problem) -> Problem:
+    """The pairs of digits as a scenario has them.
+
+    Args:
+      scenario: ``"task"``, where the outputs that take part are the pair's own;
+        ``"domain"``, the same two for every pair, for its first and its second digit;
+        ``"class"``, those of the pair and of all before it.
+      problem: from :func:`make_problems`.
+    """
+
+    def with_classes(change: Callable[[jax.Array], jax.Array]) -> Problem:
+        stacks = ("train_tasks", "test_tasks", "stages")
+        changed = {name: getattr(problem, name) for name in stacks}
+        return problem._replace(
+            **{k: x._replace(classes=change(x.classes)) for k, x in changed.items()}
+        )
+
+    match scenario:
+        case "task":
+            return problem
+        case "class":
+            so_far = with_classes(lambda classes: jnp.cumsum(classes, axis=0) > 0)
+            return so_far._replace(growing=True)
+        case "domain":
+            train, test = (
+                examples._replace(labels=examples.labels % 2)
+                for examples in (problem.train, problem.test)
+            )
+            both = with_classes(
+                lambda classes: jnp.broadcast_to(classes[0], classes.shape)
+            )
+            return both._replace(train=train, test=test)
+
+
+# --- The methods ----------------------------------------------------------------------
+
+
+def learners(config: Config) -> dict[str, Callable[..., Learner]]:
+    """Each method's pieces of a run as a function of what may be swept.
+
+    All but SI share the link of EWC: they differ in the importance that they give it,
+    and in where it pulls to, the weights at the last task's end or, for EWC, those of
+    each task.
+    """
+    model = MLP(config.hidden, 10, config.zero_init_output)
+    adam = optax.adam(config.learning_rate)
+    count = config.importance_examples
+    fisher = consolidate_fisher(model, count)
+    sensitivity = consolidate_sensitivity(model, count)
+    uniform = consolidate_importance(
+        lambda params, *_: jax.tree.map(jnp.ones_like, params), 1
+    )
+
+    def synaptic(strength, damping):
+        return si_jax.with_synaptic_intelligence(adam, strength, damping)
+
+    def elastic(strength, _, decay=1.0):
+        link = ewc.elastic_weight_consolidation(strength, decay=decay)
+        return optax.chain(link, adam)
+
+    merged = functools.partial(elastic, decay=None)
+    arms: dict[str, tuple[Callable[..., Any], list[Boundary]]] = {
+        "fine-tuning": (lambda *_: adam, []),
+        "l2": (elastic, [uniform]),
+        "si": (synaptic, [consolidate]),
+        "ewc": (merged, [fisher]),
+        "online ewc": (elastic, [fisher]),
+        "mas": (elastic, [sensitivity]),
+    }
+
+    def maker(optimizer, boundary):
+        def make(strength: jax.Array, damping: jax.Array) -> Learner:
+            tx = optimizer(strength, damping)
+            fresh = [reset(tx, keep_count=config.keep_count)] * config.reset_optimizer
+            return learner(
+                model,
+                tx,
+                (28, 28, 1),
+                batch_size=config.batch_size,
+                boundary=[*boundary, *fresh],
+            )
+
+        return make
+
+    makers = {name: maker(*arm) for name, arm in arms.items()}
+    return makers | {"joint": makers["fine-tuning"]}
+
+
+def strengths(config: Config, method: str) -> tuple[float, ...]:
+    """What a method's c is chosen from; none if it has none."""
+    return {
+        "l2": config.l2_strengths,
+        "si": config.si_strengths,
+        "ewc": config.ewc_strengths,
+        "online ewc": config.ewc_strengths,
+        "mas": config.mas_strengths,
+    }.get(method, ())
+
+
+def grid_name(scenario: str, method: str) -> str:
+    """Of a method's grid in the record."""
+    return f"{scenario}: {method}, grid"
+
+
+def choose(accuracy: np.ndarray) -> int:
+    """The strength of the best mean: ``(seeds, strengths)`` to an index."""
+    return int(accuracy.mean(axis=0).argmax())
+
+
+def run(config: Config) -> None:
+    """Run what is not finished, all the grids first; then print and draw."""
+    record = Record("scenarios", config, default=config.data)
+    make = learners(config)
+    problems = functools.cache(lambda: make_problems(config))
+    methods: dict[str, Method] = {}
+    for scenario in config.scenario:
+        for method in config.methods:
+            name, c = f"{scenario}: {method}", 0.0
+            if candidates := strengths(config, method):
+                accuracy = driver.run_grid(
+                    config,
+                    grid_name(scenario, method),
+                    make[method],
+                    lambda scenario=scenario: in_scenario(scenario, problems().choice),
+                    record,
+                    range(GRID_SEEDS, GRID_SEEDS + config.grid_seeds),
+                    strength=candidates,
+                    damping=[config.damping],
+                )
+                after = np.asarray(metrics.average_accuracy(accuracy))
+                c = candidates[choose(after[..., 0])]
+                name = f"{name} c={c:g}"
+            learns = functools.partial(in_scenario, scenario)
+            if method == "joint":
+                learns = functools.partial(jointly, scenario)
+            methods[name] = Method(make[method], c, learns)
+    driver.run_methods(config, methods, lambda _: problems().test, record)
+    if is_first():
+        report(config, record)
+
+
+def jointly(scenario: Scenario, problem: Problem) -> Problem:
+    """All tasks of a scenario at once."""
+    return driver.all_at_once(in_scenario(scenario, problem))
+
+
+# --- What comes of it -----------------------------------------------------------------
+
+
+def of_scenario(runs: dict[str, Any], scenario: str) -> dict[str, Any]:
+    """The finished methods of a scenario, by name, without their grids."""
+    names = [x for x in runs if x.startswith(f"{scenario}: ") and "grid" not in x]
+    return {name.removeprefix(f"{scenario}: "): runs[name] for name in names}
+
+
+def report(config: Config, record: Record) -> None:
+    """Print and draw the finished methods."""
+    runs, name = record.runs, split_mnist.NAMES[config.data]
+    found = {s: of_scenario(runs, s) for s in SCENARIOS if of_scenario(runs, s)}
+    print("\nHeld-out accuracy after all tasks, mean over the seeds; * is chosen")
+    print(choice_table(config, runs))
+    every = {k: v for of in found.values() for k, v in of.items()}
+    print(f"\nSplit {name}: test accuracy after all tasks, " + over_seeds(every))
+    print(table(found))
+    for scenario, of in found.items():
+        print(f"\n{scenario.capitalize()}-incremental, test")
+        print(measures_table(of))
+    seconds = sum(run["seconds"] for run in runs.values())
+    print(f"\nTook {seconds:.0f} s. Everything is in {record.folder}.")
+    record.save("scenarios", figure(found, name, over_seeds(every)))
+
+
+def choice_table(config: Config, runs: dict[str, Any]) -> str:
+    """A row a method and strength, a column a scenario."""
+    present = [s for s in SCENARIOS if any(x.startswith(f"{s}: ") for x in runs)]
+    rows = [["", *present]]
+    for method in Config().methods:
+        candidates = strengths(config, method)
+        columns = [["" for _ in candidates] for _ in present]
+        for column, scenario in zip(columns, present, strict=True):
+            if (grid := runs.get(grid_name(scenario, method))) is None:
+                continue
+            after = np.asarray(metrics.average_accuracy(grid["test"]))
+            accuracy = after.reshape(-1, len(candidates))
+            column[:] = [f"{x:.4f} " for x in accuracy.mean(0)]
+            best = choose(accuracy)
+            column[best] = column[best].strip() + "*"
+        names = [f"{method} c={c:g}" for c in candidates]
+        rows += zip(names, *columns, strict=True)
+    return aligned([row for row in rows if any(row[1:])])
+
+
+def table(found: Mapping[str, Mapping[str, Any]]) -> str:
+    """A row a method, a column a scenario: accuracy averaged over the tasks."""
+    rows = [["", *found]]
+    for method in Config().methods:
+        cells = []
+        for of in found.values():
+            named = [run for name, run in of.items() if name.split(" c=")[0] == method]
+            cells += [cell(metrics.average_accuracy(x["test"])) for x in named[:1]] or [
+                ""
+            ]
+        rows.append([method, *cells])
+    return aligned([row for row in rows if any(row[1:])])
+
+
+def measures_table(runs: Mapping[str, Any]) -> str:
+    """A row a method: accuracy, right after learning and in the end, and transfer."""
+    measures = {
+        "accuracy": lambda run: metrics.average_accuracy(run["test"]),
+        "learning accuracy": lambda run: metrics.learning_accuracy(run["test"]),
+        "forgetting": lambda run: metrics.forgetting(run["test"]),
+        "BWT": lambda run: metrics.backward_transfer(run["test"]),
+        "FWT": lambda run: metrics.forward_transfer(run["test"], run["initial"]),
+    }
+    rows = [["", *measures]]
+    for method, run in runs.items():
+        known = {k: np.asarray(v) for k, v in run.items() if k in ("test", "initial")}
+        shown = measures if known["test"].shape[1] > 1 else {"accuracy"}
+        rows.append(
+            [
+                method,
+                *(cell(f(known)) if k in shown else "" for k, f in measures.items()),
+            ]
+        )
+    return aligned(rows)
+
+
+def figure(found: Mapping[str, Mapping[str, Any]], name: str, over: str) -> Figure:
+    """A panel a scenario, on the test set."""
+    return figures.scenarios(
+        {
+            f"{scenario.capitalize()}-incremental": {
+                method.split(" c=")[0]: np.asarray(run["test"])
+                for method, run in of.items()
+            }
+            for scenario, of in found.items()
+        },
+        suptitle=f"Split {name}, test accuracy, {over}",
+    )
+
+
+if __name__ == "__main__":
+    command.main(Config, "scenarios", run)
