@@ -35,6 +35,8 @@ class Options:
     """Epochs between checkpoints; there is one at every task's end, too."""
     max_parallel: int | None = None
     """Runs side by side on a device; by default 64 on an accelerator, 1 on a CPU."""
+    tensorboard: bool = False
+    """Write losses and accuracies for TensorBoard, too, into --out."""
     coordinator: str | None = None
     """Of several processes, each started with this command: HOST:PORT of the first."""
     num_processes: int | None = None

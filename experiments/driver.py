@@ -82,13 +82,15 @@ class Method(NamedTuple):
     """One of the methods that an experiment compares.
 
     Attributes:
-      make_learner: from ``strength`` and ``damping``, traced, to the pieces of a run.
+      make_learner: from ``strength``, ``damping`` and ``further``, traced, to the
+        pieces of a run.
       strength: c of eq. 4.
       learns: from the experiment's problem to what this method learns, if another.
       from_scratch: start every task with the run's initial network.
       first_task: a name under which methods share the first task that differ in
         ``strength`` and ``from_scratch`` alone, neither of which matters before the
         first consolidation.
+      further: hyperparameters besides, so that methods share a program.
     """
 
     make_learner: Callable[..., Learner]
@@ -96,6 +98,7 @@ class Method(NamedTuple):
     learns: Callable[[Problem], Problem] = lambda problem: problem
     from_scratch: bool = False
     first_task: str | None = None
+    further: Mapping[str, float] = {}
 
 
 class Pieces(NamedTuple):
@@ -252,6 +255,7 @@ def run_methods(
     for name, groups in todo.items():
         method = methods[name]
         for seeds in groups:
+            values = {"strength": method.strength, "damping": config.damping}
             result = run(
                 compile_pieces(
                     method.make_learner,
@@ -260,8 +264,8 @@ def run_methods(
                     config.max_parallel,
                 ),
                 {
-                    "strength": [method.strength] * len(seeds),
-                    "damping": [config.damping] * len(seeds),
+                    name: [value] * len(seeds)
+                    for name, value in {**values, **method.further}.items()
                 },
                 seeds,
                 epochs=config.epochs,
@@ -281,8 +285,8 @@ def run_grid(
     make_problem: Callable[[], Problem],
     record: Record,
     seeds: Sequence[int],
+    axes: Mapping[str, Sequence[float]],
     summary: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
-    **axes: Sequence[float],
 ) -> np.ndarray:
     """Run every point of a grid with every seed, all at once, unless it is recorded.
 
@@ -291,16 +295,18 @@ def run_grid(
       name: the grid's, in the record.
       make_learner: from ``axes``, traced, to the pieces of a run.
       make_problem: the tasks; not called if the grid is finished.
-      record: keeps the results.
+      record: keeps the results, and each run's ``points`` of the grid.
       seeds: each point's.
-      summary: of the result; the seeds and ``axes`` by default.
-      **axes: the values of each hyperparameter.
+      axes: the values of each hyperparameter.
+      summary: of the result; the names of its axes by default.
 
     Returns:
       Accuracies ``(seeds, *axes, stages, tasks)`` on the problem's test examples.
     """
+    names = ["seed", *axes]
     if name not in record.runs:
-        own, *values = zip(*itertools.product(seeds, *axes.values()), strict=True)
+        points = list(zip(*itertools.product(seeds, *axes.values()), strict=True))
+        own, *values = points
         result = run(
             compile_pieces(make_learner, make_problem(), len(own), config.max_parallel),
             dict(zip(axes, values, strict=True)),
@@ -310,8 +316,8 @@ def run_grid(
             record=record,
             options=config,
         )
-        every = {"seed": list(seeds)} | {k: list(x) for k, x in axes.items()}
-        record.add(name, result, summary or (lambda _: {"axes": every}))
+        result["points"] = dict(zip(names, map(list, points), strict=True))
+        record.add(name, result, summary or (lambda _: {"axes": names}))
     test = np.asarray(record.runs[name]["test"])
     return test.reshape(len(seeds), *map(len, axes.values()), *test.shape[1:])
 

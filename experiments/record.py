@@ -24,6 +24,7 @@ from jax.experimental import multihost_utils
 from matplotlib.figure import Figure
 
 from experiments.command import Options, UserError
+from experiments.export import TensorBoard, measured, tidy
 from si_jax import metrics
 from si_jax.checkpoint import Checkpoints
 from si_jax.figures import STYLE
@@ -57,6 +58,9 @@ class Record:
                 self._clear()
         except OSError as error:
             raise UserError(f"cannot write to --out {self.folder}: {error}") from error
+        self._tensorboard = (
+            TensorBoard(self.folder / "tensorboard") if config.tensorboard else None
+        )
         entries = _jsonable(dataclasses.asdict(config))
         self._left_out = {*PLACES, *config.PICKS}
         self._defaults = _jsonable(
@@ -124,6 +128,10 @@ class Record:
           summary: of the run with all its seeds; :func:`summarize` by default.
         """
         run, now = _jsonable(run), versions()
+        if self._tensorboard and is_first():
+            done = count(self.runs[method]) if method in self.runs else 0
+            seeds = run.get("points", {}).get("seed", range(done, done + count(run)))
+            self._tensorboard.add(method, f"{min(seeds)}-{max(seeds)}", run)
         if method in self.runs:
             before = self.runs[method]
             parts = before.get("parts") or [
@@ -135,6 +143,8 @@ class Record:
         self.runs[method] = run
         self.content["summary"][method] = _jsonable((summary or summarize)(run))
         self.write("results.json", readable(self.content))
+        if accurate := {k: x for k, x in self.runs.items() if "test" in x}:
+            self.write("results.csv", tidy(accurate))
 
     def checkpoints(self, group: str) -> Checkpoints:
         """The checkpoints of a method's group of seeds that is under way."""
@@ -142,12 +152,16 @@ class Record:
             self.folder / "checkpoints" / re.sub(r"[^\w.=+]+", "-", group)
         )
 
-    def log(self, **entry: Any) -> None:
-        """Append a line to ``metrics.jsonl``."""
+    def log(self, *, method: str, seeds: str, position: int, **values: Any) -> None:
+        """Append a line to ``metrics.jsonl``, of an epoch of a group of seeds."""
         path = self.folder / "metrics.jsonl"
+        entry = {"method": method, "seeds": seeds, "position": position, **values}
         if is_first():
             with _said(path), path.open("a") as file:
                 file.write(json.dumps(_jsonable(entry)) + "\n")
+            if self._tensorboard:
+                arrays = {k: x for k, x in values.items() if np.ndim(x)}
+                self._tensorboard.log(method, seeds, position, arrays)
 
     def rewind(self, method: str, seeds: str, position: int) -> None:
         """Take back what was logged of a group of seeds after ``position`` epochs."""
@@ -198,9 +212,10 @@ class Record:
 
     def _clear(self) -> None:
         if is_first():
-            for file in ("config.json", "results.json", "metrics.jsonl"):
+            for file in ("config.json", "results.json", "results.csv", "metrics.jsonl"):
                 (self.folder / file).unlink(missing_ok=True)
-            shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
+            for folder in ("checkpoints", "tensorboard"):
+                shutil.rmtree(self.folder / folder, ignore_errors=True)
         _wait_for_all("the first has cleared")
 
     def _read(self, name: str) -> dict[str, Any] | None:
@@ -313,26 +328,10 @@ def _joined(before: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
 
 def summarize(run: dict[str, Any]) -> dict[str, Any]:
     """Mean, standard error and deviation over the seeds of the usual measures."""
-    measures = {"average_accuracy": metrics.average_accuracy}
-    one_by_one = np.shape(run["test"])[1] > 1
-    if one_by_one:
-        measures |= {
-            "learning_accuracy": metrics.learning_accuracy,
-            "forgetting": metrics.forgetting,
-            "backward_transfer": metrics.backward_transfer,
-        }
-    found = {
-        split: {
-            name: statistics(measure(np.asarray(run[split])))
-            for name, measure in measures.items()
-        }
+    return {
+        split: {name: statistics(x) for name, x in measured(run, split).items()}
         for split in ("test", "train")
     }
-    if one_by_one:
-        test, initial = np.asarray(run["test"]), np.asarray(run["initial"])
-        forward = metrics.forward_transfer(test, initial)
-        found["test"]["forward_transfer"] = statistics(forward)
-    return found
 
 
 def statistics(values: Any) -> dict[str, float | None]:

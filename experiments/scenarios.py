@@ -6,7 +6,6 @@ but with the same two outputs for every pair, and as a growing number of classes
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -19,6 +18,7 @@ from matplotlib.figure import Figure
 import si_jax
 from experiments import command, driver, split_mnist
 from experiments.driver import Method, Problem
+from experiments.export import measured
 from experiments.record import Record, aligned, cell, is_first, over_seeds
 from si_jax import data, ewc, figures, metrics, tasks
 from si_jax.data import Examples
@@ -78,13 +78,13 @@ class Config(split_mnist.Setting):
     """Start each task with a fresh optimizer."""
     damping: float = 0.1
     """ξ of eq. 5."""
-    l2_strengths: tuple[float, ...] = (1e-3, 1e-2, 0.1, 1.0)
+    l2_strengths: tuple[float, ...] = (1e-3, 0.01, 0.1, 1.0, 10.0)
     """The values of c to choose from; the importance is 1 a task."""
-    si_strengths: tuple[float, ...] = (1.0, 10.0, 100.0, 1000.0)
+    si_strengths: tuple[float, ...] = (10.0, 100.0, 1e3, 1e4, 1e5)
     """Likewise, c of eq. 4."""
-    ewc_strengths: tuple[float, ...] = (1e2, 1e3, 1e4, 1e5)
+    ewc_strengths: tuple[float, ...] = (1e3, 1e4, 1e5, 1e6, 1e7)
     """Likewise, c = λ/2, of both forms of EWC."""
-    mas_strengths: tuple[float, ...] = (0.01, 0.1, 1.0, 10.0)
+    mas_strengths: tuple[float, ...] = (0.01, 0.1, 1.0, 10.0, 100.0)
     """Likewise, c = λ of MAS."""
     importance_examples: int = 500
     """Of each task, for EWC's Fisher information and MAS's sensitivity."""
@@ -182,66 +182,83 @@ def in_scenario(scenario: Scenario, problem: Problem) -> Problem:
 # --- The methods ----------------------------------------------------------------------
 
 
-def learners(config: Config) -> dict[str, Callable[..., Learner]]:
-    """Each method's pieces of a run as a function of what may be swept.
+class Arm(NamedTuple):
+    """A method before its strength is chosen.
 
-    All but SI share the link of EWC: they differ in the importance that they give it,
-    and in where it pulls to, the weights at the last task's end or, for EWC, those of
-    each task.
+    Attributes:
+      make_learner: the pieces of a run as a function of what may be swept.
+      candidates: the strengths to choose from; none if it has none.
+      further: which importance, of those methods that differ in it alone.
+    """
+
+    make_learner: Callable[..., Learner]
+    candidates: tuple[float, ...] = ()
+    further: Mapping[str, float] = {}
+
+
+def arms(config: Config) -> dict[str, Arm]:
+    """The methods by name.
+
+    L2, online EWC and MAS have one surrogate loss, c Σ Ω (θ̃ − θ)² with θ̃ the weights at
+    the last task's end, and Ω, summed over the tasks, their own: 1 of every weight,
+    Fisher information, the outputs' sensitivity. They are one program, and fine-tuning
+    is theirs with c = 0. EWC pulls to the weights of each task.
     """
     model = MLP(config.hidden, 10, config.zero_init_output)
     adam = optax.adam(config.learning_rate)
     count = config.importance_examples
     fisher = consolidate_fisher(model, count)
-    sensitivity = consolidate_sensitivity(model, count)
-    uniform = consolidate_importance(
-        lambda params, *_: jax.tree.map(jnp.ones_like, params), 1
+    importances = (
+        consolidate_importance(lambda p, *_: jax.tree.map(jnp.ones_like, p), 1),
+        fisher,
+        consolidate_sensitivity(model, count),
     )
 
-    def synaptic(strength, damping):
-        return si_jax.with_synaptic_intelligence(adam, strength, damping)
+    def pieces(tx: optax.GradientTransformation, *boundary: Boundary) -> Learner:
+        fresh = [reset(tx, keep_count=config.keep_count)] * config.reset_optimizer
+        return learner(
+            model,
+            tx,
+            (28, 28, 1),
+            batch_size=config.batch_size,
+            boundary=[*boundary, *fresh],
+        )
 
-    def elastic(strength, _, decay=1.0):
-        link = ewc.elastic_weight_consolidation(strength, decay=decay)
-        return optax.chain(link, adam)
+    def plain(strength: jax.Array, damping: jax.Array) -> Learner:
+        del strength, damping
+        return pieces(adam)
 
-    merged = functools.partial(elastic, decay=None)
-    arms: dict[str, tuple[Callable[..., Any], list[Boundary]]] = {
-        "fine-tuning": (lambda *_: adam, []),
-        "l2": (elastic, [uniform]),
-        "si": (synaptic, [consolidate]),
-        "ewc": (merged, [fisher]),
-        "online ewc": (elastic, [fisher]),
-        "mas": (elastic, [sensitivity]),
-    }
+    def synaptic(strength: jax.Array, damping: jax.Array) -> Learner:
+        tx = si_jax.with_synaptic_intelligence(adam, strength, damping)
+        return pieces(tx, consolidate)
 
-    def maker(optimizer, boundary):
-        def make(strength: jax.Array, damping: jax.Array) -> Learner:
-            tx = optimizer(strength, damping)
-            fresh = [reset(tx, keep_count=config.keep_count)] * config.reset_optimizer
-            return learner(
-                model,
-                tx,
-                (28, 28, 1),
-                batch_size=config.batch_size,
-                boundary=[*boundary, *fresh],
-            )
+    def merged(strength: jax.Array, damping: jax.Array) -> Learner:
+        del damping
+        link = ewc.elastic_weight_consolidation(strength)
+        return pieces(optax.chain(link, adam), fisher)
 
-        return make
+    def summed(
+        strength: jax.Array, damping: jax.Array, importance: jax.Array
+    ) -> Learner:
+        del damping
+        link = ewc.elastic_weight_consolidation(strength, decay=1.0)
 
-    makers = {name: maker(*arm) for name, arm in arms.items()}
-    return makers | {"joint": makers["fine-tuning"]}
+        def boundary(*arguments):
+            which = importance.astype(jnp.int32)
+            return jax.lax.switch(which, importances, *arguments)
 
+        return pieces(optax.chain(link, adam), boundary)
 
-def strengths(config: Config, method: str) -> tuple[float, ...]:
-    """What a method's c is chosen from; none if it has none."""
+    l2, online_ewc, mas = ({"importance": float(i)} for i in range(len(importances)))
     return {
-        "l2": config.l2_strengths,
-        "si": config.si_strengths,
-        "ewc": config.ewc_strengths,
-        "online ewc": config.ewc_strengths,
-        "mas": config.mas_strengths,
-    }.get(method, ())
+        "fine-tuning": Arm(summed, (), l2),
+        "l2": Arm(summed, config.l2_strengths, l2),
+        "si": Arm(synaptic, config.si_strengths),
+        "ewc": Arm(merged, config.ewc_strengths),
+        "online ewc": Arm(summed, config.ewc_strengths, online_ewc),
+        "mas": Arm(summed, config.mas_strengths, mas),
+        "joint": Arm(plain),
+    }
 
 
 def grid_name(scenario: str, method: str) -> str:
@@ -257,30 +274,37 @@ def choose(accuracy: np.ndarray) -> int:
 def run(config: Config) -> None:
     """Run what is not finished, all the grids first; then print and draw."""
     record = Record("scenarios", config, default=config.data)
-    make = learners(config)
+    known = arms(config)
     problems = functools.cache(lambda: make_problems(config))
+
+    def choice_problem(scenario: Scenario) -> Problem:
+        return in_scenario(scenario, problems().choice)
+
     methods: dict[str, Method] = {}
     for scenario in config.scenario:
         for method in config.methods:
-            name, c = f"{scenario}: {method}", 0.0
-            if candidates := strengths(config, method):
+            name, c, arm = f"{scenario}: {method}", 0.0, known[method]
+            if arm.candidates:
                 accuracy = driver.run_grid(
                     config,
                     grid_name(scenario, method),
-                    make[method],
-                    lambda scenario=scenario: in_scenario(scenario, problems().choice),
+                    arm.make_learner,
+                    functools.partial(choice_problem, scenario),
                     record,
                     range(GRID_SEEDS, GRID_SEEDS + config.grid_seeds),
-                    strength=candidates,
-                    damping=[config.damping],
+                    {
+                        "strength": arm.candidates,
+                        "damping": [config.damping],
+                        **{key: [value] for key, value in arm.further.items()},
+                    },
                 )
                 after = np.asarray(metrics.average_accuracy(accuracy))
-                c = candidates[choose(after[..., 0])]
+                c = arm.candidates[choose(after.reshape(config.grid_seeds, -1))]
                 name = f"{name} c={c:g}"
             learns = functools.partial(in_scenario, scenario)
             if method == "joint":
                 learns = functools.partial(jointly, scenario)
-            methods[name] = Method(make[method], c, learns)
+            methods[name] = Method(arm.make_learner, c, learns, further=arm.further)
     driver.run_methods(config, methods, lambda _: problems().test, record)
     if is_first():
         report(config, record)
@@ -303,7 +327,8 @@ def of_scenario(runs: dict[str, Any], scenario: str) -> dict[str, Any]:
 def report(config: Config, record: Record) -> None:
     """Print and draw the finished methods."""
     runs, name = record.runs, split_mnist.NAMES[config.data]
-    found = {s: of_scenario(runs, s) for s in SCENARIOS if of_scenario(runs, s)}
+    found: dict[str, dict[str, Any]] = {s: of_scenario(runs, s) for s in SCENARIOS}
+    found = {scenario: of for scenario, of in found.items() if of}
     print("\nHeld-out accuracy after all tasks, mean over the seeds; * is chosen")
     print(choice_table(config, runs))
     every = {k: v for of in found.values() for k, v in of.items()}
@@ -318,59 +343,59 @@ def report(config: Config, record: Record) -> None:
 
 
 def choice_table(config: Config, runs: dict[str, Any]) -> str:
-    """A row a method and strength, a column a scenario."""
-    present = [s for s in SCENARIOS if any(x.startswith(f"{s}: ") for x in runs)]
-    rows = [["", *present]]
-    for method in Config().methods:
-        candidates = strengths(config, method)
-        columns = [["" for _ in candidates] for _ in present]
-        for column, scenario in zip(columns, present, strict=True):
-            if (grid := runs.get(grid_name(scenario, method))) is None:
-                continue
-            after = np.asarray(metrics.average_accuracy(grid["test"]))
-            accuracy = after.reshape(-1, len(candidates))
-            column[:] = [f"{x:.4f} " for x in accuracy.mean(0)]
-            best = choose(accuracy)
-            column[best] = column[best].strip() + "*"
-        names = [f"{method} c={c:g}" for c in candidates]
-        rows += zip(names, *columns, strict=True)
-    return aligned([row for row in rows if any(row[1:])])
+    """A row a method and strength, a column a scenario: accuracy, the best with a *."""
+    rows = [["", *SCENARIOS]]
+    for method, arm in arms(config).items():
+        names = [f"{method} c={c:g}" for c in arm.candidates]
+        columns = []
+        for scenario in SCENARIOS:
+            cells = [""] * len(names)
+            if names and (grid := runs.get(grid_name(scenario, method))):
+                after = np.asarray(metrics.average_accuracy(grid["test"]))
+                accuracy = after.reshape(-1, len(names))
+                cells = [f"{x:.4f} " for x in accuracy.mean(0)]
+                best = choose(accuracy)
+                cells[best] = cells[best].replace(" ", "*")
+            columns.append(cells)
+        rows += map(list, zip(names, *columns, strict=True))
+    return aligned(shown(rows))
+
+
+def shown(rows: list[list[str]]) -> list[list[str]]:
+    """A table without its empty rows and columns."""
+    columns = [x for x in zip(*rows, strict=True) if any(x[1:])]
+    return [list(row) for row in zip(*columns, strict=True) if any(row[1:])]
 
 
 def table(found: Mapping[str, Mapping[str, Any]]) -> str:
     """A row a method, a column a scenario: accuracy averaged over the tasks."""
     rows = [["", *found]]
     for method in Config().methods:
-        cells = []
+        row: list[str] = [method]
         for of in found.values():
             named = [run for name, run in of.items() if name.split(" c=")[0] == method]
-            cells += [cell(metrics.average_accuracy(x["test"])) for x in named[:1]] or [
-                ""
-            ]
-        rows.append([method, *cells])
+            row += [cell(metrics.average_accuracy(x["test"])) for x in named] or [""]
+        rows.append(row)
     return aligned([row for row in rows if any(row[1:])])
 
 
 def measures_table(runs: Mapping[str, Any]) -> str:
-    """A row a method: accuracy, right after learning and in the end, and transfer."""
-    measures = {
-        "accuracy": lambda run: metrics.average_accuracy(run["test"]),
-        "learning accuracy": lambda run: metrics.learning_accuracy(run["test"]),
-        "forgetting": lambda run: metrics.forgetting(run["test"]),
-        "BWT": lambda run: metrics.backward_transfer(run["test"]),
-        "FWT": lambda run: metrics.forward_transfer(run["test"], run["initial"]),
-    }
-    rows = [["", *measures]]
-    for method, run in runs.items():
-        known = {k: np.asarray(v) for k, v in run.items() if k in ("test", "initial")}
-        shown = measures if known["test"].shape[1] > 1 else {"accuracy"}
-        rows.append(
-            [
-                method,
-                *(cell(f(known)) if k in shown else "" for k, f in measures.items()),
-            ]
-        )
-    return aligned(rows)
+    """A row a method, a column a measure; intransigence is beside joint training."""
+    rows: list[dict[str, np.ndarray]] = []
+    for run in runs.values():
+        found = measured(run, "test")
+        if len(found) > 1 and "joint" in runs:
+            test = np.asarray(run["test"])
+            reference = np.asarray(runs["joint"]["test"]).mean((0, 1))
+            reference = np.broadcast_to(reference, (len(test), len(reference)))
+            found["intransigence"] = np.asarray(metrics.intransigence(test, reference))
+        rows.append(found)
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    cells = [
+        [method, *(cell(row[name]) if name in row else "" for name in names)]
+        for method, row in zip(runs, rows, strict=True)
+    ]
+    return aligned([["", *(name.replace("_", " ") for name in names)], *cells])
 
 
 def figure(found: Mapping[str, Mapping[str, Any]], name: str, over: str) -> Figure:

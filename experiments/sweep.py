@@ -61,8 +61,7 @@ def run(config: Config) -> None:
         lambda: split_mnist.make_problem(config, config.held_out),
         record,
         range(config.seeds),
-        strength=config.strengths,
-        damping=config.dampings,
+        {"strength": config.strengths, "damping": config.dampings},
     )
     accuracy = np.asarray(metrics.average_accuracy(held_out))
     best = choose(accuracy)
@@ -75,9 +74,8 @@ def run(config: Config) -> None:
         lambda: split_mnist.make_problem(config),
         record,
         range(config.seeds, 2 * config.seeds),
+        {"strength": [strength], "damping": [damping]},
         summarize,
-        strength=[strength],
-        damping=[damping],
     )
     if is_first():
         report(config, record, accuracy, best, choice)

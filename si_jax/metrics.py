@@ -72,7 +72,9 @@ def forgetting(matrix: ArrayLike) -> jax.Array:
     """How far each task but the last fell from its best, averaged.
 
     F of Chaudhry et al., "Riemannian Walk for Incremental Learning", 2018: the best is
-    taken over the rows from the first to the last but one.
+    taken over the rows from the first to the last but one. (Avalanche's forgetting is
+    taken from the accuracy right after the task, and so is minus
+    :func:`backward_transfer`.)
 
     Args:
       matrix: ``(…, tasks, tasks)`` with at least two tasks.
@@ -130,6 +132,29 @@ def forward_transfer(matrix: ArrayLike, initial: ArrayLike) -> jax.Array:
     """
     before = jnp.diagonal(jnp.asarray(matrix), offset=1, axis1=-2, axis2=-1)
     return (before - jnp.asarray(initial)[..., 1:]).mean(-1)
+
+
+def intransigence(matrix: ArrayLike, reference: ArrayLike) -> jax.Array:
+    """How far learning in turn falls short of learning each task with all before it.
+
+    I of Chaudhry et al., 2018: a reference's accuracy on each task minus that right
+    after training on it, averaged. Their reference is trained on the task and all those
+    before it at once; one trained on all tasks is a stand-in where there is no other.
+
+    Args:
+      matrix: ``(…, tasks, tasks)``, accuracy on each task (columns) after each (rows).
+      reference: ``(…, tasks)``, the reference's accuracy on each task.
+
+    Returns:
+      ``(…)``; negative where the tasks before are a hindrance to the reference.
+
+    Example:
+      >>> from si_jax import metrics
+      >>> print(metrics.intransigence([[1.0, 0.5], [0.5, 0.5]], [1.0, 1.0]))
+      0.25
+    """
+    learned = jnp.diagonal(jnp.asarray(matrix), axis1=-2, axis2=-1)
+    return (jnp.asarray(reference) - learned).mean(-1)
 
 
 def standard_error(values: ArrayLike) -> jax.Array:

@@ -146,9 +146,10 @@ def test_the_command_from_start_to_finish(tmp_path):
         "±",
     ):
         assert word in said
-    files = {"config.json", "results.json", "metrics.jsonl", "checkpoints"}
+    files = {"config.json", "results.json", "results.csv", "metrics.jsonl"}
     shown = {p.name for p in out.iterdir() if not p.name.startswith(".")}
     assert shown == files | {
+        "checkpoints",
         "split_mnist.png",
         "split_mnist.pdf",
     }

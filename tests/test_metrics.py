@@ -26,6 +26,8 @@ def test_by_hand():
     check(metrics.backward_transfer(MATRIX), [(-0.2 - 0.4) / 2, 0.0])
     initial = jnp.array([[0.5, 0.5, 0.4], [0.5, 0.5, 0.5]])
     check(metrics.forward_transfer(MATRIX, initial), [(0.0 + 0.2) / 2, 0.0])
+    reference = jnp.array([[0.9, 0.9, 0.9], [1.0, 1.0, 1.0]])
+    check(metrics.intransigence(MATRIX, reference), [(0.1 + 0.2 - 0.1) / 3, 0.0])
 
 
 def test_standard_error():

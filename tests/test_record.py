@@ -82,7 +82,7 @@ def test_a_full_disk_is_said_whatever_is_written(tmp_path):
         (tmp_path / name).symlink_to("/dev/full")
     figure = figures.heat_map([[1.0]], [1], [1], labels=("a", "b"), title="t")
     for write in (
-        lambda: record.log(method="si", position=0),
+        lambda: record.log(method="si", seeds="0-1", position=0),
         lambda: record.save("f", figure),
         lambda: record.add("si", RUN),
     ):
@@ -213,7 +213,7 @@ def test_seeds_are_added_to_a_record_and_none_taken_away(tmp_path, monkeypatch):
         {"seeds": 1, "seconds": 2.0, "versions": later},
     ]
     assert record.content["summary"]["si"] == summarize(
-        RUN | {"test": together, "train": together}
+        RUN | {"test": together, "train": together, "initial": together[:, 0]}
     )
     assert record.missing("new", 3) == [range(2), range(2, 3)]
 

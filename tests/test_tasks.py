@@ -96,3 +96,8 @@ def test_together_is_all_the_examples():
     assert joint.rows.tolist() == [list(range(15))]
     assert joint.size.tolist() == [15]
     assert joint.classes.shape == (1, 6)
+    unequal = tasks.split_classes(LABELS, [(0, 1), (2, 3)], outputs=5)
+    joint = tasks.together(tasks.padded(unequal, 9))
+    assert joint.rows.tolist() == [[1, 2, 6, 0, 3, 4, 5]]
+    assert joint.size.tolist() == [7]
+    assert joint.classes.tolist() == [[True] * 4 + [False]]

@@ -1,0 +1,122 @@
+"""Results for other programs: a tidy table as CSV, and TensorBoard."""
+
+import csv
+import io
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from experiments.command import UserError
+from si_jax import metrics
+
+COLUMNS = ("method", "seed", "split", "measure", "after", "task", "value")
+
+
+def measured(run: dict[str, Any], split: str) -> dict[str, np.ndarray]:
+    """The usual measures of each of a method's runs on ``"test"`` or ``"train"``.
+
+    Those of learning one task after the other are left out where there is one stage.
+    """
+    matrix = np.asarray(run[split])
+    found = {"average_accuracy": metrics.average_accuracy(matrix)}
+    if matrix.shape[1] > 1:
+        found |= {
+            "learning_accuracy": metrics.learning_accuracy(matrix),
+            "forgetting": metrics.forgetting(matrix),
+            "backward_transfer": metrics.backward_transfer(matrix),
+        }
+        if split == "test" and "initial" in run:
+            initial = np.asarray(run["initial"])
+            found["forward_transfer"] = metrics.forward_transfer(matrix, initial)
+    return {name: np.asarray(values) for name, values in found.items()}
+
+
+def tidy(runs: dict[str, Any]) -> str:
+    """One observation a row, as CSV with the columns :data:`COLUMNS`.
+
+    ``accuracy`` on every task after every stage, both counted from 1, and before the
+    first, ``after`` 0; and :func:`measured`, of all tasks, with neither. In a grid the
+    values of its hyperparameters are part of the method's name.
+    """
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    for method, run in runs.items():
+        for row, (name, seed) in enumerate(_labels(method, run)):
+            for split in ("test", "train"):
+                stages = [(i, x) for i, x in enumerate(run[split][row], start=1)]
+                if split == "test" and "initial" in run:
+                    stages = [(0, run["initial"][row]), *stages]
+                for after, accuracies in stages:
+                    for task, value in enumerate(accuracies, start=1):
+                        observed = (split, "accuracy", after, task, f"{value:.6g}")
+                        writer.writerow((name, seed, *observed))
+                for measure, values in measured(run, split).items():
+                    whole = (split, measure, "", "", f"{values[row]:.6g}")
+                    writer.writerow((name, seed, *whole))
+    return text.getvalue()
+
+
+def _labels(method: str, run: dict[str, Any]) -> list[tuple[str, int]]:
+    """Name and seed of each run."""
+    if "points" not in run:
+        return [(method, seed) for seed in range(len(run["test"]))]
+    seeds, *values = run["points"].values()
+    names = list(run["points"])[1:]
+    points = [
+        ", ".join(f"{k}={x:g}" for k, x in zip(names, point, strict=True))
+        for point in zip(*values, strict=True)
+    ]
+    return [(f"{method}, {x}", seed) for x, seed in zip(points, seeds, strict=True)]
+
+
+class TensorBoard:
+    """A folder that TensorBoard shows, a run in it for each of a method's.
+
+    Raises:
+      UserError: if its writer is not installed.
+    """
+
+    def __init__(self, folder: Path):
+        try:
+            from tensorboardX import SummaryWriter
+        except ImportError as error:
+            raise UserError(
+                "--tensorboard needs tensorboardX, which is not installed: "
+                'pip install -e ".[tensorboard]"'
+            ) from error
+        self._writer = SummaryWriter
+        self._folder = folder
+        self._open: dict[Path, Any] = {}
+
+    def log(
+        self, method: str, seeds: str, position: int, values: dict[str, Any]
+    ) -> None:
+        """The values of an epoch, ``(runs,)`` each, against the epochs so far.
+
+        What was written from ``position`` on, by a run that was interrupted, is gone.
+        """
+        for name, numbers in values.items():
+            for i, value in enumerate(np.asarray(numbers)):
+                writer = self._of(method, seeds, i, purge_step=position)
+                writer.add_scalar(name, float(value), position)
+
+    def add(self, method: str, seeds: str, run: dict[str, Any]) -> None:
+        """The accuracies ``(runs, stages, tasks)``, against the stages; and close."""
+        for split in ("test", "train"):
+            for (i, stage, task), value in np.ndenumerate(np.asarray(run[split])):
+                writer = self._of(method, seeds, i)
+                tag = f"{split} accuracy/task {task + 1}"
+                writer.add_scalar(tag, float(value), stage + 1)
+        for writer in self._open.values():
+            writer.close()
+        self._open = {}
+
+    def _of(self, method: str, seeds: str, i: int, **options: Any) -> Any:
+        group = re.sub(r"[^\w.=+]+", "-", f"{method} seeds {seeds}")
+        folder = self._folder / group / f"run-{i}"
+        if folder not in self._open:
+            self._open[folder] = self._writer(str(folder), **options)
+        return self._open[folder]
