@@ -108,7 +108,7 @@ class TensorBoard:
         for split in ("test", "train"):
             for (i, stage, task), value in np.ndenumerate(np.asarray(run[split])):
                 writer = self._of(method, seeds, i)
-                tag = f"{split} accuracy/task {task + 1}"
+                tag = f"{split}/task_{task + 1}"
                 writer.add_scalar(tag, float(value), stage + 1)
         for writer in self._open.values():
             writer.close()

@@ -82,7 +82,7 @@ class Config(split_mnist.Setting):
     """The values of c to choose from; the importance is 1 a task."""
     si_strengths: tuple[float, ...] = (10.0, 100.0, 1e3, 1e4, 1e5)
     """Likewise, c of eq. 4."""
-    ewc_strengths: tuple[float, ...] = (1e3, 1e4, 1e5, 1e6, 1e7)
+    ewc_strengths: tuple[float, ...] = (1e3, 3e4, 1e6, 3e7, 1e9)
     """Likewise, c = λ/2, of both forms of EWC."""
     mas_strengths: tuple[float, ...] = (0.01, 0.1, 1.0, 10.0, 100.0)
     """Likewise, c = λ of MAS."""

@@ -15,8 +15,10 @@ import pytest
 from experiments import (
     benchmark,
     benchmark_sweep,
+    command,
     importance,
     permuted_mnist,
+    scenarios,
     split_cifar,
     split_mnist,
     sweep,
@@ -324,6 +326,33 @@ def test_the_small_split_cifar_shows_figure_6():
     for method, mean in accuracy.items():
         c = 0 if method == "fine-tuning" else float(method.split("=")[1])
         assert f"| {c:g} | {mean:.3f} |" in text
+
+
+def test_the_scenarios_show_where_si_fails():
+    text = (ROOT / "docs/experiments.md").read_text()
+    shown = record("scenarios_quick")
+    runs = shown["runs"]
+    path = command.CONFIGS / "scenarios_quick.toml"
+    config = command.parse(scenarios.Config, "scenarios", ["--config", str(path)])
+    assert scenarios.choice_table(config, runs) in text
+    found = {x: scenarios.of_scenario(runs, x) for x in scenarios.SCENARIOS}
+    assert scenarios.table(found) in text
+    assert f"mean ± SEM of {config.seeds} seeds" in text
+    mean = {
+        name: entry["test"]["average_accuracy"]["mean"]
+        for name, entry in shown["summary"].items()
+        if "grid" not in name
+    }
+
+    def best(scenario, method):
+        return max(x for k, x in mean.items() if k.startswith(f"{scenario}: {method}"))
+
+    for method in ("l2", "si", "ewc", "mas"):
+        least = best("class", "fine-tuning")
+        assert best("class", method) < least + 0.1 < best("class", "joint") - 0.5
+    assert best("task", "si") > best("task", "joint") - 0.02
+    lower, upper = best("domain", "fine-tuning"), best("domain", "joint")
+    assert lower + 0.1 < best("domain", "si") < upper - 0.1
 
 
 def test_every_deviation_has_a_test_that_exists():

@@ -98,7 +98,7 @@ def test_tensorboard_gets_every_run(tmp_path, monkeypatch):
     assert first.closed
     assert second.closed
     assert second.scalars[:2] == [("loss", 0.25, 5), ("loss", 0.25, 6)]
-    assert ("test accuracy/task 1", 0.25, 2) in second.scalars
+    assert ("test/task_1", 0.25, 2) in second.scalars
     assert len(second.scalars) == 2 + 4 + 4
 
 
@@ -108,7 +108,7 @@ def test_tensorboard_writes_what_it_can_read(tmp_path):
     board.log("si", "0-0", 0, {"loss": np.ones(1)})
     board.add("si", "0-0", {"test": MATRIX[:1], "train": MATRIX[:1]})
     (events,) = tmp_path.glob("si-seeds-0-0/run-0/events.*")
-    assert b"test accuracy/task 2" in events.read_bytes()
+    assert b"test/task_2" in events.read_bytes()
 
 
 def test_without_its_writer_the_message_says_what_to_install(tmp_path, monkeypatch):
