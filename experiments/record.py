@@ -104,9 +104,9 @@ class Record:
         return [range(*pair) for pair in itertools.pairwise(bounds)]
 
     def _ends(self) -> set[int]:
-        """Where groups of seeds end that are finished or under way."""
+        """Where groups of seeds end that are finished or under way; not of grids."""
         ends = set()
-        for run in self.runs.values():
+        for run in (run for run in self.runs.values() if "points" not in run):
             groups = [part["seeds"] for part in run.get("parts", [])] or [count(run)]
             ends |= set(itertools.accumulate(groups))
         for folder in self.folder.glob("checkpoints/*"):

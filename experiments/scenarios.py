@@ -78,13 +78,13 @@ class Config(split_mnist.Setting):
     """Start each task with a fresh optimizer."""
     damping: float = 0.1
     """ξ of eq. 5."""
-    l2_strengths: tuple[float, ...] = (1e-3, 0.01, 0.1, 1.0, 10.0)
+    l2_strengths: tuple[float, ...] = (0.01, 0.1, 1.0, 10.0)
     """The values of c to choose from; the importance is 1 a task."""
-    si_strengths: tuple[float, ...] = (10.0, 100.0, 1e3, 1e4, 1e5)
+    si_strengths: tuple[float, ...] = (10.0, 100.0, 1e3, 1e4)
     """Likewise, c of eq. 4."""
-    ewc_strengths: tuple[float, ...] = (1e3, 3e4, 1e6, 3e7, 1e9)
+    ewc_strengths: tuple[float, ...] = (1e3, 1e5, 1e7, 1e9)
     """Likewise, c = λ/2, of both forms of EWC."""
-    mas_strengths: tuple[float, ...] = (0.01, 0.1, 1.0, 10.0, 100.0)
+    mas_strengths: tuple[float, ...] = (0.1, 1.0, 10.0, 100.0)
     """Likewise, c = λ of MAS."""
     importance_examples: int = 500
     """Of each task, for EWC's Fisher information and MAS's sensitivity."""

@@ -216,6 +216,10 @@ def test_seeds_are_added_to_a_record_and_none_taken_away(tmp_path, monkeypatch):
         RUN | {"test": together, "train": together, "initial": together[:, 0]}
     )
     assert record.missing("new", 3) == [range(2), range(2, 3)]
+    grid = RUN | {"points": {"seed": [9, 9], "strength": [0.0, 1.0]}}
+    other = Record("e", Config(out=tmp_path / "other"))
+    other.add("grid", grid, lambda _: {})
+    assert other.missing("new", 3) == [range(3)]
 
 
 def test_methods_do_not_share_their_checkpoints(tmp_path):
