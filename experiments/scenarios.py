@@ -80,7 +80,7 @@ class Config(split_mnist.Setting):
     """ξ of eq. 5."""
     l2_strengths: tuple[float, ...] = (0.01, 0.1, 1.0, 10.0)
     """The values of c to choose from; the importance is 1 a task."""
-    si_strengths: tuple[float, ...] = (10.0, 100.0, 1e3, 1e4)
+    si_strengths: tuple[float, ...] = (100.0, 1e3, 1e4, 1e5)
     """Likewise, c of eq. 4."""
     ewc_strengths: tuple[float, ...] = (1e3, 1e5, 1e7, 1e9)
     """Likewise, c = λ/2, of both forms of EWC."""
