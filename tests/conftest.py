@@ -1,8 +1,8 @@
 """Four CPU devices and strict numerics, set before any test or doctest runs.
 
-Most of a test's time is compilation: LLVM does without its optimizations, and programs
-that took long to compile are kept beside pytest's own cache. Processes that tests start
-inherit both.
+Most of a test's time is compilation: LLVM does without its optimizations (``XLA_FLAGS=``
+brings them back), and programs that took long to compile are kept beside pytest's own
+cache. Processes that tests start inherit both.
 """
 
 import os
@@ -11,7 +11,7 @@ from pathlib import Path
 QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 CACHE = Path(__file__).parent.parent / ".pytest_cache" / "jax"
 
-os.environ["XLA_FLAGS"] = f"{QUICK} {os.environ.get('XLA_FLAGS', '')}"
+os.environ.setdefault("XLA_FLAGS", QUICK)
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
