@@ -14,8 +14,7 @@ from tqdm import tqdm
 from experiments.command import Options
 from experiments.record import Record, is_first
 from si_jax import metrics, sweep, tasks
-from si_jax.data import Examples
-from si_jax.tasks import Task, permute
+from si_jax.tasks import permute
 from si_jax.train import (
     Carry,
     Epoch,
@@ -31,7 +30,7 @@ class Problem(NamedTuple):
     """The tasks, and the examples they index.
 
     Attributes:
-      train: the training examples.
+      train: the training examples, of the kind that the learners take.
       test: the examples to evaluate on besides.
       train_tasks: the tasks' training examples, stacked.
       test_tasks: their examples in ``test``.
@@ -40,15 +39,17 @@ class Problem(NamedTuple):
         tasks see the examples; 0 as they are.
       growing: whether the outputs of the stages so far take part in every evaluation,
         besides those of the task it is on, as in class-incremental learning.
+      second: what the results call the evaluation on ``train_tasks``.
     """
 
-    train: Examples
-    test: Examples
-    train_tasks: Task
-    test_tasks: Task
-    stages: Task | None = None
+    train: Any
+    test: Any
+    train_tasks: Any
+    test_tasks: Any
+    stages: Any = None
     permutations: int = 0
     growing: bool = False
+    second: str = "train"
 
 
 def all_at_once(problem: Problem) -> Problem:
@@ -91,6 +92,8 @@ class Method(NamedTuple):
         ``strength`` and ``from_scratch`` alone, neither of which matters before the
         first consolidation.
       further: hyperparameters besides, so that methods share a program.
+      given: from the seeds of some runs to further arguments of ``make_learner``, trees
+        of arrays with a first axis over these runs: networks to go on with, say.
     """
 
     make_learner: Callable[..., Learner]
@@ -99,6 +102,7 @@ class Method(NamedTuple):
     from_scratch: bool = False
     first_task: str | None = None
     further: Mapping[str, float] = {}
+    given: Callable[[Sequence[int]], Mapping[str, Any]] = lambda _: {}
 
 
 class Pieces(NamedTuple):
@@ -116,6 +120,7 @@ class Pieces(NamedTuple):
       to_devices: shares out arrays with a first axis over the runs.
       to_host: gathers them.
       stages: how many there are.
+      second: what the results call the evaluation on ``"train"``.
     """
 
     init: Callable[[Any], Carry]
@@ -126,6 +131,7 @@ class Pieces(NamedTuple):
     to_devices: Callable[[Any], Any]
     to_host: Callable[[Any], Any]
     stages: int
+    second: str
 
 
 def compile_pieces(
@@ -145,28 +151,40 @@ def compile_pieces(
     mesh = sweep.mesh(runs)
     programs = _programs(make_learner, mesh, problem.permutations, max_parallel)
     stages = problem.stages or problem.train_tasks
-    data = sweep.replicate(
-        {
-            "stages": (problem.train, stages),
-            "test": (problem.test, problem.test_tasks),
-            "train": (problem.train, problem.train_tasks),
-        },
+    count = len(jax.tree.leaves(stages)[0])
+    # Each by itself, so that programs do not depend on how many there are.
+    each = [jax.tree.map(lambda x, k=k: x[k], stages) for k in range(count)]
+    (examples, each), data = sweep.replicate(
+        (
+            (problem.train, each),
+            {
+                "test": (problem.test, problem.test_tasks),
+                "train": (problem.train, problem.train_tasks),
+            },
+        ),
         mesh,
     )
-    outputs = np.asarray(stages.classes) & problem.growing
-    active = np.concatenate([outputs, np.zeros_like(outputs[:1])])  # none at stage -1
+    active = [None] * (count + 1)
+    if problem.growing:
+        outputs = np.asarray(stages.classes)
+        active = [*outputs, np.zeros_like(outputs[0])]  # none at stage -1
+
+    def on_stage(program, carry, own, number, i):
+        return program(carry, own, examples, each[number], number, i)
+
     to_host = functools.partial(sweep.gather, runs=runs)
     return Pieces(
         init=programs.init,
-        epoch=lambda carry, own, *at: programs.epoch(carry, own, data["stages"], *at),
-        finish=lambda carry, own, *at: programs.finish(carry, own, data["stages"], *at),
+        epoch=functools.partial(on_stage, programs.epoch),
+        finish=functools.partial(on_stage, programs.finish),
         evaluate=lambda carry, own, on, stage: to_host(
-            programs.evaluate(carry, own, data[on], active[stage])
+            programs.evaluate(carry, own, *data[on], active[stage])
         ),
         correlate=lambda carry: to_host(programs.correlate(carry)),
         to_devices=functools.partial(sweep.spread, mesh=mesh),
         to_host=to_host,
-        stages=len(stages.size),
+        stages=count,
+        second=problem.second,
     )
 
 
@@ -206,15 +224,13 @@ def _programs(
             return examples
         return permute(examples, permutations_key(jax.random.key(seed)), permutations)
 
-    def on_stage(learner, seed, carry, data, number, i, piece):
-        examples, stages = data
-        task = jax.tree.map(lambda x: x[number], stages)
+    def on_stage(learner, seed, carry, examples, task, number, i, piece):
         key = epoch_key(jax.random.key(seed), number, i)
         return getattr(learner, piece)(carry, seen(examples, seed), task, key)
 
-    def evaluated(learner, seed, carry, data, active):
-        examples, tasks = data
-        tasks = tasks._replace(classes=tasks.classes | active[None])
+    def evaluated(learner, seed, carry, examples, tasks, active):
+        if active is not None:
+            tasks = tasks._replace(classes=tasks.classes | active[None])
         return learner.evaluate(carry, seen(examples, seed), tasks)
 
     epoch, finish = (
@@ -236,6 +252,7 @@ def run_methods(
     make_problem: Callable[[Any], Problem],
     record: Record,
     summary: Callable[[str, dict[str, Any]], dict[str, Any]] | None = None,
+    so_far: Callable[[np.ndarray, int], str] | None = None,
 ) -> None:
     """Run the seeds that are missing, method after method, and record them.
 
@@ -246,6 +263,7 @@ def run_methods(
       make_problem: from ``config`` to the tasks; not called if all is finished.
       record: keeps the results.
       summary: of a method's name and result, if not the usual one.
+      so_far: what to show of ``test`` after so many stages, if not the accuracy.
     """
     todo = {name: record.missing(name, config.seeds) for name in methods}
     if any(todo.values()):
@@ -255,7 +273,6 @@ def run_methods(
     for name, groups in todo.items():
         method = methods[name]
         for seeds in groups:
-            values = {"strength": method.strength, "damping": config.damping}
             result = run(
                 compile_pieces(
                     method.make_learner,
@@ -263,10 +280,7 @@ def run_methods(
                     len(seeds),
                     config.max_parallel,
                 ),
-                {
-                    name: [value] * len(seeds)
-                    for name, value in {**values, **method.further}.items()
-                },
+                _hyperparameters(config, method, seeds),
                 seeds,
                 epochs=config.epochs,
                 method=name,
@@ -274,6 +288,8 @@ def run_methods(
                 options=config,
                 from_scratch=method.from_scratch,
                 first_task=method.first_task,
+                given=method.given(seeds),
+                so_far=so_far,
             )
             record.add(name, result, summary and functools.partial(summary, name))
 
@@ -322,7 +338,94 @@ def run_grid(
     return test.reshape(len(seeds), *map(len, axes.values()), *test.shape[1:])
 
 
-def run(
+def _hyperparameters(
+    config: Any, method: Method, seeds: Sequence[int]
+) -> dict[str, list[float]]:
+    values = {"strength": method.strength, "damping": config.damping}
+    return {
+        name: [value] * len(seeds)
+        for name, value in {**values, **method.further}.items()
+    }
+
+
+def trained(
+    config: Any,
+    name: str,
+    method: Method,
+    seeds: Sequence[int],
+    problem: Problem,
+    record: Record,
+) -> Carry:
+    """What a finished method's last checkpoint holds, to go on with.
+
+    If it is gone, the method is trained again.
+
+    Args:
+      config: as of :func:`run_methods`.
+      name: the method's name.
+      method: the method.
+      seeds: a group of its runs that were trained together.
+      problem: the experiment's.
+      record: keeps the checkpoints.
+
+    Returns:
+      The runs' carry, on the host.
+    """
+    own, given = method.learns(problem), method.given(seeds)
+    hyperparameters = _hyperparameters(config, method, seeds)
+    values = {k: np.asarray(v, np.float32) for k, v in hyperparameters.items()}
+
+    def init(seed, values):
+        return method.make_learner(**values).init(init_key(jax.random.key(seed)))
+
+    carry = jax.eval_shape(
+        jax.vmap(init), np.asarray(seeds, np.uint32), values | dict(given)
+    )
+    stages, tasks = (
+        len(jax.tree.leaves(x)[0])
+        for x in (own.stages or own.train_tasks, own.test_tasks)
+    )
+    key = f"{name} seeds {min(seeds)}-{max(seeds)}"
+    like = _empty(carry, len(seeds), stages, np.zeros((len(seeds), tasks), np.float32))
+    position, state = record.checkpoints(key).restore(like) or (0, like)
+    if position == stages * config.epochs:
+        return jax.device_get(state.carry)
+    pieces = compile_pieces(method.make_learner, own, len(seeds), config.max_parallel)
+    state = train(
+        pieces,
+        hyperparameters,
+        seeds,
+        epochs=config.epochs,
+        method=name,
+        record=record,
+        options=config,
+        given=given,
+    )
+    return pieces.to_host(state.carry)
+
+
+def run(pieces: Pieces, *arguments: Any, **settings: Any) -> dict[str, Any]:
+    """Train on every task in turn, as :func:`train` does, for the results.
+
+    Returns:
+      Accuracies ``test`` and ``train`` (or as :class:`Problem` has it) ``(runs, stages,
+      tasks)`` and ``initial`` ``(runs, tasks)``, ``seconds`` of wall time, compilation
+      and a shared first task included, and, where ω of the tasks is kept, its
+      ``correlations`` ``{parameter: (runs, tasks, tasks)}``.
+    """
+    state = train(pieces, *arguments, **settings)
+    result = {
+        "test": state.test,
+        pieces.second: state.train,
+        "initial": state.initial,
+        "seconds": round(float(state.seconds), 1),
+    }
+    if state.carry.path_integrals is not None:
+        result["correlations"] = pieces.correlate(state.carry)
+    return result
+
+
+def train(
     pieces: Pieces,
     hyperparameters: Mapping[str, Sequence[float]],
     seeds: Sequence[int],
@@ -333,7 +436,9 @@ def run(
     options: Options,
     from_scratch: bool = False,
     first_task: str | None = None,
-) -> dict[str, Any]:
+    given: Mapping[str, Any] | None = None,
+    so_far: Callable[[np.ndarray, int], str] | None = None,
+) -> State:
     """Train on every task in turn; go on from the last checkpoint if there is one.
 
     Args:
@@ -347,12 +452,12 @@ def run(
       from_scratch: start every task with the run's initial network.
       first_task: the name under which the first task's checkpoints and metrics are
         kept, and found if another method has left them; ``method`` by default.
+      given: further arguments of the runs' learners, as of :class:`Method`.
+      so_far: what to show of ``test`` after so many stages, if not the accuracy.
 
     Returns:
-      Accuracies ``test`` and ``train`` ``(runs, stages, tasks)`` and ``initial``
-      ``(runs, tasks)``, ``seconds`` of wall time, compilation and a shared first task
-      included, and, where ω of the tasks is kept, its ``correlations`` ``{parameter:
-      (runs, tasks, tasks)}``.
+      The last :class:`State`, its carry on the devices; of a run that was finished
+      before, from its checkpoint.
     """
     start = time.perf_counter()
     values = {name: np.asarray(v, np.float32) for name, v in hyperparameters.items()}
@@ -360,11 +465,12 @@ def run(
         method,
         first_task or method,
         f"{min(seeds)}-{max(seeds)}",
-        pieces.to_devices((np.asarray(seeds, np.uint32), values)),
+        pieces.to_devices((np.asarray(seeds, np.uint32), values | dict(given or {}))),
         pieces.stages,
         epochs,
         from_scratch,
         record,
+        so_far or _accuracy_so_far,
     )
     position, state = _begin(job, pieces)
     start -= float(state.seconds)
@@ -382,15 +488,7 @@ def run(
                 kept = state._replace(carry=pieces.to_host(state.carry))
                 record.checkpoints(job.key(name)).save(position, kept)
             _show(job, bar, state, report, position, time.perf_counter() - start)
-    result = {
-        "test": state.test,
-        "train": state.train,
-        "initial": state.initial,
-        "seconds": round(float(state.seconds), 1),
-    }
-    if state.carry.path_integrals is not None:
-        result["correlations"] = pieces.correlate(state.carry)
-    return result
+    return state
 
 
 class _Job(NamedTuple):
@@ -404,6 +502,7 @@ class _Job(NamedTuple):
     epochs: int
     from_scratch: bool
     record: Record
+    so_far: Callable[[np.ndarray, int], str]
 
     def name(self, position: int) -> str:
         """What the epoch at a position is logged and kept under."""
@@ -414,13 +513,18 @@ class _Job(NamedTuple):
         return f"{name} seeds {self.seeds}"
 
 
+def _empty(carry: Carry, runs: int, stages: int, initial: np.ndarray) -> State:
+    """The state before the first stage."""
+    nothing = np.full((runs, stages, initial.shape[-1]), np.nan, np.float32)
+    none = np.zeros((), np.float32)
+    return State(carry, nothing, nothing.copy(), initial, none)
+
+
 def _begin(job: _Job, pieces: Pieces) -> tuple[int, State]:
     """The last checkpoint's position and state, or the untrained networks'."""
     carry = pieces.init(job.runs)
     initial = pieces.evaluate(carry, job.runs, "test", -1)
-    nothing = np.full((len(initial), job.stages, initial.shape[-1]), np.nan, np.float32)
-    none = np.zeros((), np.float32)
-    state = State(pieces.to_host(carry), nothing, nothing.copy(), initial, none)
+    state = _empty(pieces.to_host(carry), len(initial), job.stages, initial)
     position, state = (
         job.record.checkpoints(job.key(job.method)).restore(state)
         or job.record.checkpoints(job.key(job.first_task)).restore(state)
@@ -470,14 +574,14 @@ def _show(
     number = (position - 1) // job.epochs
     finished = position // job.epochs
     task = f"task {number + 1}/{job.stages}"
-    so_far = "" if job.from_scratch else _so_far(state.test, finished)
+    so_far = "" if job.from_scratch else job.so_far(state.test, finished)
     bar.update()
     bar.set_postfix_str(f"{task}, accuracy {report.accuracy.mean():.3f}{so_far}")
     if finished == number + 1 and bar.disable and is_first():
         print(f"{job.method}: {task}{so_far}, {seconds:.0f} s", flush=True)
 
 
-def _so_far(test: np.ndarray, finished: int) -> str:
+def _accuracy_so_far(test: np.ndarray, finished: int) -> str:
     """The average test accuracy over the tasks that are finished."""
     if not finished:
         return ""

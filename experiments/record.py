@@ -146,6 +146,11 @@ class Record:
         if accurate := {k: x for k, x in self.runs.items() if "test" in x}:
             self.write("results.csv", tidy(accurate))
 
+    def note(self, name: str, value: Any) -> None:
+        """Keep something beside the runs, under a name of its own."""
+        self.content[name] = _jsonable(value)
+        self.write("results.json", readable(self.content))
+
     def checkpoints(self, group: str) -> Checkpoints:
         """The checkpoints of a method's group of seeds that is under way."""
         return Checkpoints(

@@ -68,19 +68,19 @@ class Epoch(NamedTuple):
 
     loss: jax.Array
     accuracy: jax.Array
-    loss_drop: jax.Array
+    loss_drop: jax.Array | None = None
     surrogate_loss: jax.Array | None = None
     path_integral: jax.Array | None = None
     negative: jax.Array | None = None
     importance: jax.Array | None = None
 
 
-Boundary = Callable[[Carry, AnyExamples, Task, jax.Array], Carry]
+Boundary = Callable[[Carry, Any, Any, jax.Array], Carry]
 """What happens between two tasks, ``(carry, examples, task, key) → carry``."""
 
 
 class Learner(NamedTuple):
-    """The pieces of a run.
+    """The pieces of a run, on images or, of :mod:`si_jax.language`, on texts.
 
     Attributes:
       init: ``key → carry``.
@@ -91,9 +91,9 @@ class Learner(NamedTuple):
     """
 
     init: Callable[[jax.Array], Carry]
-    epoch: Callable[[Carry, AnyExamples, Task, jax.Array], tuple[Carry, Epoch]]
+    epoch: Callable[[Carry, Any, Any, jax.Array], tuple[Carry, Epoch]]
     finish: Boundary
-    evaluate: Callable[[Carry, AnyExamples, Task], jax.Array]
+    evaluate: Callable[[Carry, Any, Any], jax.Array]
 
 
 class Result(NamedTuple):
@@ -375,7 +375,7 @@ def _epoch_of(
             accuracy=correct / size,
             loss_drop=mean_loss(carry.params) - mean_loss(end.params),
         )
-        return end, _with_synapses(report, carry, end)
+        return end, with_synapses(report, carry, end)
 
     return epoch
 
@@ -454,7 +454,7 @@ def sum_over_parts(
     return jax.lax.scan(add, zero, (parts, keys))[0]
 
 
-def _with_synapses(report: Epoch, start: Carry, end: Carry) -> Epoch:
+def with_synapses(report: Epoch, start: Carry, end: Carry) -> Epoch:
     """What Synaptic Intelligence and EWC, if they are there, say of an epoch."""
     if state.find_memories(end.opt_state):
         penalty = si_jax.surrogate_loss(end.opt_state, end.params)

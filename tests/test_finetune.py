@@ -1,0 +1,256 @@
+"""The fine-tuning experiment's texts, methods and tables, on toy texts."""
+
+import json
+import shutil
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments import command, finetune, texts
+from experiments.command import UserError
+from experiments.finetune import Config, Family
+
+TOY = {
+    "seeds": 2,
+    "width": 8,
+    "layers": 1,
+    "heads": 2,
+    "length": 8,
+    "batch_size": 4,
+    "pretraining_steps": 16,
+    "steps": 8,
+    "third_steps": 8,
+    "stops": 2,
+    "evaluated": 6,
+    "fisher_examples": 4,
+    "cost_turns": 0,
+    "methods": ("fine-tuning", "si"),
+    "si_strengths": (0.1, 10.0),
+}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("texts")
+    rng = np.random.default_rng(0)
+    found = {}
+    for name, alphabet in (("old", b"ab "), ("new", b"12\n"), ("third", b"xyz")):
+        found[name] = folder / name
+        found[name].write_bytes(bytes(rng.choice(list(alphabet), 3000).tolist()))
+    return found
+
+
+def config(files, out, **settings):
+    paths = {name: (path,) for name, path in files.items()}
+    return Config(out=out, **(TOY | paths | settings))
+
+
+def lookup(key):
+    """A table of what follows each byte, which compiles in no time."""
+    return {"table/of": 0.02 * jax.random.normal(key, (256, 256))}
+
+
+def run(config):
+    """With a table for a transformer."""
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        jax.numpy_dtype_promotion("standard"),
+        jax.numpy_rank_promotion("allow"),
+    ):
+        net = finetune.Network(
+            lookup, lambda p, text: p["table/of"][text.astype(jnp.int32)], False
+        )
+        patch.setattr(finetune, "network", lambda *_: net)
+        finetune.run(config)
+    return json.loads((config.out / "results.json").read_text())
+
+
+def test_two_methods_from_start_to_finish(files, tmp_path, capsys):
+    small = config(files, tmp_path)
+    record = run(small)
+    runs = record["runs"]
+    assert set(runs) >= {"pretraining", "fine-tuning", "si c=0.1", "si c=10"}
+    assert sum(name.endswith("then third") for name in runs) == 2
+    assert np.shape(runs["fine-tuning"]["test"]) == (2, 2, 3)
+    assert np.shape(runs["si c=10"]["choice"]) == (2, 1, 3)
+    before = np.array(runs["pretraining"]["test"])[:, -1]
+    for method in ("fine-tuning", "si c=0.1", "si c=10"):
+        np.testing.assert_array_equal(runs[method]["initial"], before)
+    third = next(x for x in runs if x.startswith("si") and x.endswith("third"))
+    (arm, _) = third.split(", ")
+    np.testing.assert_array_equal(
+        runs[third]["initial"], np.array(runs[arm]["test"])[:, -1]
+    )
+    digests = [texts.sha256(path.read_bytes()) for path in files.values()]
+    assert json.loads((tmp_path / "config.json").read_text())["config"]["sha256"] == (
+        digests
+    )
+    printed = capsys.readouterr().out
+    assert finetune.best_table(small, runs) in printed
+    assert finetune.equal_table(small, runs) in printed
+    assert finetune.held_table(*record["held"].values()) in printed
+    assert (tmp_path / "finetune.png").stat().st_size > 10_000
+    again = run(small)
+    assert again == record
+    assert "Finished before" in capsys.readouterr().out
+    files["new"].write_bytes(files["new"].read_bytes()[::-1])
+    with pytest.raises(UserError, match=r"another configuration \(sha256"):
+        run(small)
+
+
+def test_pretrained_networks_that_are_gone_are_trained_again(files, tmp_path):
+    one = {"methods": ("si",), "third_steps": 0, "si_strengths": (0.1,)}
+    whole = {name: path for name, path in files.items() if name != "third"}
+    first = run(config(whole, tmp_path, **one))
+    shutil.rmtree(tmp_path / "checkpoints")
+    both = run(config(whole, tmp_path, **one | {"si_strengths": (0.1, 10.0)}))
+    assert both["runs"]["si c=0.1"] == first["runs"]["si c=0.1"]
+    before = np.array(first["runs"]["pretraining"]["test"])[:, -1]
+    np.testing.assert_array_equal(both["runs"]["si c=10"]["initial"], before)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"old": None}, r"cannot read .*old: No such file"),
+        ({"old": ""}, r"old is empty"),
+        ({"new": "too short"}, r"the new text has 9 bytes, too few: 181 at least"),
+        ({"old": "same" * 99, "new": "same" * 99}, r"old text and the new .* the same"),
+        ({"third": "folder"}, r"cannot read .*third: Is a directory"),
+    ],
+)
+def test_texts_that_will_not_do_are_named(content, message, tmp_path):
+    for name in ("old", "new", "third"):
+        text = content.get(name, f"{name} " * 99)
+        if text == "folder":
+            (tmp_path / name).mkdir()
+        elif text is not None:
+            (tmp_path / name).write_text(text)
+    files = {name: tmp_path / name for name in ("old", "new", "third")}
+    with pytest.raises(UserError, match=message):
+        finetune.load(config(files, tmp_path / "out"))
+
+
+def test_any_bytes_are_a_text_and_two_are_enough(tmp_path):
+    for name in ("old", "new"):
+        (tmp_path / name).write_bytes(name.encode() + bytes(range(256)) * 2)
+    files = {name: tmp_path / name for name in ("old", "new")}
+    found = finetune.load(config(files, tmp_path / "out"))
+    assert list(found) == ["old", "new"]
+    problem = finetune.make_problem(list(found.values()), config(files, tmp_path))
+    assert problem.train_tasks.shape == (2, 6)
+
+
+def test_what_python_ships_is_three_texts():
+    found = finetune.load(Config())
+    assert list(found) == ["old", "new", "third"]
+    assert min(map(len, found.values())) == Config().text_bytes
+
+
+def test_a_python_without_the_texts_says_what_to_do(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
+    with pytest.raises(UserError, match=r"does not ship the prose.*--old FILE"):
+        texts.shipped("prose")
+
+
+def test_nothing_held_out_is_trained_on():
+    contents = [bytes(range(250)) * 2, b"z" * 700]
+    small = Config(**TOY)
+    problem = finetune.make_problem(contents, small)
+    window = small.length + 1
+    for i, content in enumerate(contents):
+        begin, trained = problem.train.begin[i], problem.train.size[i]
+        assert trained == len(content) - len(content) // 10
+        choice, report = problem.train_tasks[i], problem.test_tasks[i]
+        assert choice.min() >= begin + trained
+        assert report.min() >= choice.max() + window
+        assert report.max() + window <= begin + len(content)
+
+
+def curves():
+    """Fine-tuning at two stops, and three strengths, of two seeds."""
+
+    def of(*points):
+        return {half: [points, points] for half in ("test", "choice")}
+
+    return {
+        "pretraining": of((1.0, 4.0)),
+        "fine-tuning": of((2.0, 3.0), (3.0, 2.0)),
+        "si c=0.1": of((2.0, 2.0)),
+        "si c=10": of((1.25, 3.0)),
+    }
+
+
+def test_interpolation_at_equal_loss():
+    small = Config(**TOY)
+    found = finetune.at_equal_loss(small, curves(), (0.5, 0.75, 1.0))
+    np.testing.assert_allclose(found["fine-tuning"], [[1, 1.5, 2]] * 2)
+    np.testing.assert_allclose(found["si"], [[0.25, 0.625, 1]] * 2)
+    lines = finetune.equal_table(small, curves()).splitlines()
+    assert lines[1].split()[:4] == ["early", "stopping", "1.000", "±"]
+
+
+def test_the_best_is_chosen_on_the_half_that_is_there_for_it():
+    runs = curves()
+    assert finetune.choose(Config(**TOY), runs) == {
+        "fine-tuning": ("fine-tuning", 0),
+        "si": ("si c=0.1", 0),
+    }
+    runs["si c=10"]["choice"] = [[(1.0, 1.0)]] * 2
+    assert finetune.choose(Config(**TOY), runs)["si"] == ("si c=10", 0)
+
+
+def test_what_learns_less_has_no_loss_at_that_level():
+    assert np.isnan(finetune._crossing(np.array([4.0, 3.5]), np.zeros(2), 3.0))
+    assert finetune.cells(np.array([1.0, np.nan])) == "–"
+
+
+def test_shipped_configurations_parse():
+    assert command.parse(Config, "finetune", []) == Config()
+    quick = str(command.CONFIGS / "finetune_quick.toml")
+    assert command.parse(Config, "finetune", ["--config", quick]) != Config()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--methods"], "methods must name at least one"),
+        (["--old", "a.txt"], "--old and --new go together"),
+        (["--heads", "3"], "heads must divide width"),
+        (["--steps", "100"], "steps must be a multiple of 128"),
+        (["--micro-batch", "3"], "micro_batch must divide batch_size"),
+        (["--si-strengths", "-1"], "si_strengths must be >= 0"),
+        (["--third-steps", "-128"], "third_steps must be >= 0"),
+    ],
+)
+def test_values_that_make_no_sense_are_refused(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        command.parse(Config, "finetune", arguments)
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_network_with_adapters_begins_as_the_one_without():
+    small = Config(**TOY)
+    net, adapted = finetune.network(small), finetune.network(small, lora_rank=2)
+    text = jnp.arange(8, dtype=jnp.uint8)
+
+    @jax.jit
+    def both(keys):
+        base, adapters = net.init(keys[0]), adapted.init(keys[1])
+        logits = net.apply(base, text), adapted.logits(base)(adapters, text)
+        return adapters, *logits
+
+    adapters, *logits = both(jax.random.split(jax.random.key(0)))
+    np.testing.assert_array_equal(*logits)
+    assert sum(x.size for x in jax.tree.leaves(adapters)) == 2 * 8 * (4 + 2 + 5 + 5)
+
+
+def test_every_family_has_its_arms():
+    assert finetune.arms("si", Family("si", None, (0.1, 1.0))) == {
+        "si c=0.1": 0.1,
+        "si c=1": 1.0,
+    }
+    assert finetune.arms("mixed", Family(mixed=True)) == {"mixed": 1.0}
