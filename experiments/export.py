@@ -38,25 +38,33 @@ def tidy(runs: dict[str, Any]) -> str:
 
     ``accuracy`` on every task after every stage, both counted from 1, and before the
     first, ``after`` 0; and :func:`measured`, of all tasks, with neither. In a grid the
-    values of its hyperparameters are part of the method's name.
+    values of its hyperparameters are part of the method's name. What was evaluated on a
+    part to choose on is a ``loss``, and has no such measures.
     """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(COLUMNS)
     for method, run in runs.items():
+        observable = "loss" if "choice" in run else "accuracy"
         for row, (name, seed) in enumerate(_labels(method, run)):
-            for split in ("test", "train"):
+            for split in splits(run):
                 stages = [(i, x) for i, x in enumerate(run[split][row], start=1)]
                 if split == "test" and "initial" in run:
                     stages = [(0, run["initial"][row]), *stages]
                 for after, accuracies in stages:
                     for task, value in enumerate(accuracies, start=1):
-                        observed = (split, "accuracy", after, task, f"{value:.6g}")
+                        observed = (split, observable, after, task, f"{value:.6g}")
                         writer.writerow((name, seed, *observed))
-                for measure, values in measured(run, split).items():
+                usual = {} if observable == "loss" else measured(run, split)
+                for measure, values in usual.items():
                     whole = (split, measure, "", "", f"{values[row]:.6g}")
                     writer.writerow((name, seed, *whole))
     return text.getvalue()
+
+
+def splits(run: dict[str, Any]) -> list[str]:
+    """What a method was evaluated on."""
+    return [split for split in ("test", "train", "choice") if split in run]
 
 
 def _labels(method: str, run: dict[str, Any]) -> list[tuple[str, int]]:
@@ -105,7 +113,7 @@ class TensorBoard:
 
     def add(self, method: str, seeds: str, run: dict[str, Any]) -> None:
         """The accuracies ``(runs, stages, tasks)``, against the stages; and close."""
-        for split in ("test", "train"):
+        for split in splits(run):
             for (i, stage, task), value in np.ndenumerate(np.asarray(run[split])):
                 writer = self._of(method, seeds, i)
                 tag = f"{split}/task_{task + 1}"
