@@ -1,8 +1,8 @@
 """Four CPU devices and strict numerics, set before any test or doctest runs.
 
-Most of a test's time is compilation: LLVM does without its optimizations (``XLA_FLAGS=``
-brings them back), and programs that took long to compile are kept beside pytest's own
-cache. Processes that tests start inherit both.
+Most of a test's time is compilation: LLVM does without its optimizations, which
+``XLA_FLAGS=`` brings back, and programs that took long to compile are kept beside
+pytest's own cache. Processes that tests start inherit both.
 """
 
 import os
