@@ -88,11 +88,11 @@ def test_the_notes_are_the_records():
     assert leads["fresh"] < leads["kept"] / 2
 
     on_training_set = averages("split_mnist_keep_count", "train")["si c=1"]
-    assert f"It is training accuracy; ours is {cell(on_training_set)}." in README
+    assert f"read off Fig. 3, where ours is {cell(on_training_set)}." in README
 
     few = averages("split_mnist_mnist5k")
     sgd, si = (few[method].mean() for method in ("sgd", "si c=1"))
-    assert f"above Adam with SI: {sgd:.3f} and {si:.3f}." in README
+    assert f"above Adam with SI: it reaches {sgd:.3f}, SI {si:.3f}." in README
     assert sgd > si
     small = {k: x.mean() for k, x in averages("split_cifar_quick_keep_count").items()}
     scratch, si = small["from scratch"], max(small["si c=0.1"], small["si c=0.01"])
