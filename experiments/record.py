@@ -128,7 +128,7 @@ class Record:
           summary: of the run with all its seeds; :func:`summarize` by default.
         """
         run, now = _jsonable(run), versions()
-        if self._tensorboard and is_first():
+        if self._tensorboard and is_first() and "test" in run:
             done = count(self.runs[method]) if method in self.runs else 0
             seeds = run.get("points", {}).get("seed", range(done, done + count(run)))
             self._tensorboard.add(method, f"{min(seeds)}-{max(seeds)}", run)

@@ -100,6 +100,8 @@ def test_tensorboard_gets_every_run(tmp_path, monkeypatch):
     assert second.scalars[:2] == [("loss", 0.25, 5), ("loss", 0.25, 6)]
     assert ("test/task_1", 0.25, 2) in second.scalars
     assert len(second.scalars) == 2 + 4 + 4
+    record.add("what no network learned", {"slope": 1.0}, lambda _: {})
+    assert len(Writer.made) == 2
 
 
 def test_tensorboard_writes_what_it_can_read(tmp_path):
