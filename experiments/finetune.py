@@ -242,8 +242,9 @@ def make_problem(contents: Sequence[bytes], config: Config) -> driver.Problem:
     return driver.Problem(joined, joined, choose, report, second="choice")
 
 
+@functools.cache  # asked for again, it is the same object, and so compiled once
 def on(
-    config: Config, which: Sequence[int], steps: Sequence[int]
+    config: Config, which: tuple[int, ...], steps: tuple[int, ...]
 ) -> Callable[[driver.Problem], driver.Problem]:
     """To learn some of the texts, in equal shares, stage after stage of so many steps.
 
@@ -385,6 +386,7 @@ def optimizer(
     return optax.chain(ewc.elastic_weight_consolidation(strength), adam)
 
 
+@functools.cache
 def go_on(config: Config, memory: Memory, lora: bool) -> Callable[..., Learner]:
     """The pieces of a run that goes on from ``start``, one for each run."""
     net = network(config, config.lora_rank if lora else 0)
@@ -414,7 +416,7 @@ def pretraining(config: Config) -> Method:
 
         return bind(config, net.apply, tx, start, [consolidate])
 
-    return Method(make, learns=on(config, [0], [steps]))
+    return Method(make, learns=on(config, (0,), (steps,)))
 
 
 def bind(
@@ -471,6 +473,7 @@ class Study(NamedTuple):
         return np.asarray(language.cut(trained.content, starts, length))
 
 
+@functools.cache
 def measured(
     config: Config, measure: Importance, lora: bool
 ) -> Callable[[Any, Any, np.ndarray, Sequence[int]], Any]:
@@ -500,10 +503,6 @@ def make_study(config: Config, contents: Mapping[str, bytes]) -> Study:
     problem = make_problem(list(contents.values()), config)
     study = Study(config, problem, Record("finetune", config), {})
     study.methods[PRETRAINING] = pretraining(config)
-    # What is asked for again is the same object, and so is compiled once.
-    learner_of = functools.cache(functools.partial(go_on, config))
-    learns = functools.cache(functools.partial(on, config))
-    importances = functools.cache(functools.partial(measured, config))
     own_network = functools.lru_cache(maxsize=2)(
         functools.partial(study.carry, PRETRAINING)
     )
@@ -519,7 +518,7 @@ def make_study(config: Config, contents: Mapping[str, bytes]) -> Study:
                 np.asarray(seeds, np.uint32)
             )
         if family.importance is not None:
-            measure = importances(family.importance, family.lora)
+            measure = measured(config, family.importance, family.lora)
             omega = measure(params, base, study.windows(0), seeds)
         elif family.memory:
             omega = si_jax.synapses(pretrained.opt_state).importance
@@ -538,7 +537,7 @@ def make_study(config: Config, contents: Mapping[str, bytes]) -> Study:
         return {"start": jax.device_get(start)} | ({"base": base} if base else {})
 
     for name, family in families(config).items():
-        make = learner_of(family.memory, family.lora)
+        make = go_on(config, family.memory, family.lora)
         at = [config.steps] if family.strengths else stops(config.steps, config)
         which = (0, 1) if family.mixed else (1,)
         start = functools.lru_cache(maxsize=2)(functools.partial(given, family))
@@ -546,7 +545,7 @@ def make_study(config: Config, contents: Mapping[str, bytes]) -> Study:
             study.methods[arm] = Method(
                 make,
                 strength,
-                learns(which, tuple(np.diff([0, *at]).tolist())),
+                on(config, which, tuple(np.diff([0, *at]).tolist())),
                 given=start,
             )
     return study
@@ -560,14 +559,13 @@ def then_third(study: Study, chosen: Mapping[str, str]) -> None:
       chosen: by family, the method.
     """
     config = study.config
-    importances = functools.cache(functools.partial(measured, config))
 
     def given(family: Family, arm: str, seeds: Sequence[int]) -> Mapping[str, Any]:
         before = study.methods[arm].given(seeds)
         carry = study.carry(arm, seeds)
         params, opt_state, _ = carry
         if family.memory == "ewc":
-            measure = importances(family.importance, family.lora)
+            measure = measured(config, family.importance, family.lora)
             omega = measure(params, before.get("base"), study.windows(1), seeds)
             opt_state = jax.jit(jax.vmap(ewc.consolidate))(opt_state, params, omega)
         elif family.memory == "si":
@@ -579,7 +577,7 @@ def then_third(study: Study, chosen: Mapping[str, str]) -> None:
         family = families(config)[name]
         which = (0, 1, 2) if family.mixed else (2,)
         study.methods[third(arm)] = study.methods[arm]._replace(
-            learns=on(config, which, [config.third_steps]),
+            learns=on(config, which, (config.third_steps,)),
             given=functools.partial(given, family, arm),
         )
 
@@ -799,9 +797,8 @@ def at_equal_loss(
     Returns:
       By family, bits a byte ``(seeds, fractions)``; NaN where it learns less.
     """
-    start = {"choice": "choice", "test": "test"}
     whole = {}
-    for half in start:
+    for half in ("choice", "test"):
         before = np.asarray(runs[PRETRAINING][half])[:, -1:]
         after = np.asarray(runs["fine-tuning"][half])[:, -1:]
         for name, family in families(config).items():
@@ -867,7 +864,7 @@ def summary(_: str, run: dict[str, Any]) -> dict[str, Any]:
 def best_table(config: Config, runs: Mapping[str, Any]) -> str:
     """Each family at its best, as chosen: its losses; after the third text, too."""
     names = list(titles(config).values())
-    rows = [["", f"{names[0]}", f"{names[1]}", "mean"]]
+    rows = [["", *names[:2], "mean"]]
     with_third = any(third(arm) in runs for arm, _ in choose(config, runs).values())
     if with_third:
         rows[0] += [f"then {names[2]}: {x}" for x in (*names, "mean")]
@@ -981,8 +978,7 @@ def show_samples(found: Mapping[str, Sequence[str]]) -> None:
     prompts, *others = found.items()
     for i, prompt in enumerate(prompts[1]):
         print(f"\nHow they go on with {prompt!r}")
-        rows = [[name, repr(texts[i])] for name, texts in others]
-        print(aligned([[a, b] for a, b in rows]))
+        print(aligned([[name, repr(texts[i])] for name, texts in others]))
 
 
 def figure(config: Config, runs: Mapping[str, Any]) -> Figure:
