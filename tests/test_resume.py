@@ -26,8 +26,7 @@ def small(tmp_path_factory):
 def through(small, tmp_path_factory):
     """A run without interruption."""
     out = tmp_path_factory.mktemp("through") / "out"
-    status, _, errors = run("split_mnist", *small, out=out)
-    assert status == 0, errors
+    finished("split_mnist", *small, out=out)
     return out
 
 
@@ -41,6 +40,12 @@ def logged(out):
     return [json.loads(line) for line in lines]
 
 
+def finished(*arguments, **more):
+    status, said, errors = run(*arguments, **more)
+    assert status == 0, errors
+    return said, errors
+
+
 def killed(*arguments, epoch, calls=0, **more):
     end = End(SIGKILL, epoch, calls)
     status, _, errors = run(*arguments, end=end, **more)
@@ -52,8 +57,7 @@ def test_killed_at_random_moments(small, through, tmp_path):
     for _ in range(5):  # of 45 epochs
         epoch, calls = moments.randint(1, 9), moments.randint(0, 20_000)
         killed("split_mnist", *small, out=out, epoch=epoch, calls=calls)
-    status, _, errors = run("split_mnist", *small, out=out)
-    assert status == 0, errors
+    finished("split_mnist", *small, out=out)
     assert accuracies(out) == accuracies(through)
     assert logged(out) == logged(through)
 
@@ -63,13 +67,11 @@ def test_killed_with_ewc_dropout_and_remembered_omega(small, tmp_path):
     more = ["permuted_mnist", *small, "--methods", "si", "ewc", "sgd+dropout"]
     more += ["--tasks", "3", "--batch-size", "100", "--fisher-examples", "50"]
     through, out = tmp_path / "through", tmp_path / "killed"
-    status, _, errors = run(*more, out=through)
-    assert status == 0, errors
+    finished(*more, out=through)
     assert len(logged(through)) == 3 * 9
     for epoch in (4, 9, 9):  # in the midst of each method
         killed(*more, out=out, epoch=epoch)
-    status, _, errors = run(*more, out=out)
-    assert status == 0, errors
+    finished(*more, out=out)
     assert accuracies(out) == accuracies(through)
     assert logged(out) == logged(through)
 
@@ -84,8 +86,7 @@ def test_interrupted_and_its_newest_checkpoint_damaged(small, through, tmp_path)
     checkpoints = out / "checkpoints" / "si-c=1-seeds-0-1"
     newest = max(int(p.name) for p in checkpoints.iterdir() if p.name.isdigit())
     shutil.rmtree(checkpoints / str(newest) / "default")
-    status, _, errors = run("split_mnist", *small, out=out)
-    assert status == 0, errors
+    _, errors = finished("split_mnist", *small, out=out)
     assert "is damaged" in errors
     assert accuracies(out) == accuracies(through)
 
@@ -100,8 +101,7 @@ def test_resuming_on_another_number_of_devices(small, tmp_path):
     killed(*more, out=out, epoch=7)
     before = logged(out)[:4]
     one = {min(os.sched_getaffinity(0))}
-    status, _, errors = run(*more, out=out, cores=one)
-    assert status == 0, errors
+    _, errors = finished(*more, out=out, cores=one)
     assert "damaged" not in errors
     assert logged(out)[:4] == before, "it did not start again"
     assert np.shape(accuracies(out)["si c=1"]["test"]) == (3, 5, 5)
@@ -124,8 +124,7 @@ def test_two_processes_share_the_runs_and_survive_the_loss_of_one(small, tmp_pat
     more = ["split_mnist", *small, "--seeds", "4", "--epochs", "6"]
     more += ["--checkpoint-every", "4", "--strengths", "1", "--sgd-learning-rate", "0"]
     alone, out = tmp_path / "alone", tmp_path / "both"
-    status, _, errors = run(*more, out=alone)
-    assert status == 0, errors
+    finished(*more, out=alone)
 
     def both(end=None):
         with socket.socket() as held:  # the coordinator may share the port, no other
