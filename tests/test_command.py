@@ -131,6 +131,7 @@ def test_accelerators_keep_what_they_compile(backend, environment, kept, monkeyp
     assert folder == ("/cache/si_jax" if kept else None)
 
 
+@pytest.mark.slow
 def test_the_command_from_start_to_finish(tmp_path):
     out = tmp_path / "out"
     common = ["split_mnist", "--data", "mnist5k", "--seeds", "2", "--epochs"]

@@ -52,6 +52,7 @@ def killed(*arguments, epoch, calls=0, **more):
     assert status == -SIGKILL, errors
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments(small, through, tmp_path):
     moments, out = random.Random(0), tmp_path / "out"
     for _ in range(5):  # of 45 epochs
@@ -76,6 +77,7 @@ def test_killed_with_ewc_dropout_and_remembered_omega(small, tmp_path):
     assert logged(out) == logged(through)
 
 
+@pytest.mark.slow
 def test_interrupted_and_its_newest_checkpoint_damaged(small, through, tmp_path):
     out = tmp_path / "out"
     end = End(SIGINT, epoch=6)
