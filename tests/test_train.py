@@ -82,19 +82,27 @@ def test_separable_tasks_are_learned():
 
 
 def test_an_epoch_is_one_pass_in_batches_the_last_one_smaller():
-    """Against a plain loop over the same order; 80 examples by 24."""
-    pieces = make(0.0, inner=optax.sgd(0.5), batch_size=24)
+    """Against a plain loop over the same order; 70 examples by 24.
+
+    The padding points at row 0, whose class is masked: its loss is infinite. XLA's
+    simplifier, which would hide a product with 0, is off.
+    """
+    train = Examples(TRAIN.images[1:], TRAIN.labels[1:])
+    pieces = learner(MODEL, optax.sgd(0.5), (3, 3, 1), batch_size=24, boundary=[])
     key = jax.random.key(3)
     carry = pieces.init(key)
-    task = jax.tree.map(lambda x: x[1], TRAIN_TASKS)
+    first = tasks.split_classes(train.labels, GROUPS, 4)
+    task = jax.tree.map(lambda x: x[0], first)
     size = int(task.size)
     assert size % 24 != 0
+    assert size < len(task.rows)
+    assert not task.classes[train.labels[0]]
     order = np.asarray(tasks.shuffle(task, key))[:size]
 
     def loss(params, rows):
-        images = jnp.asarray(TRAIN.images)[rows].astype(jnp.float32) / 255
+        images = jnp.asarray(train.images)[rows].astype(jnp.float32) / 255
         logits = mask_logits(MODEL.apply(params, images), task.classes)
-        labels = jnp.asarray(TRAIN.labels)[rows]
+        labels = jnp.asarray(train.labels)[rows]
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
     value_and_grad = jax.jit(jax.value_and_grad(loss))
@@ -104,7 +112,9 @@ def test_an_epoch_is_one_pass_in_batches_the_last_one_smaller():
         value, grads = value_and_grad(params, rows)
         params = jax.tree.map(lambda p, g: p - 0.5 * g, params, grads)
         total += float(value) * len(rows)
-    after, report = pieces.epoch(carry, on_device(TRAIN), task, key)
+    literal = {"xla_disable_hlo_passes": "algsimp"}
+    epoch = jax.jit(pieces.epoch, compiler_options=literal)
+    after, report = epoch(carry, on_device(train), task, key)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
         after.params,
@@ -124,24 +134,6 @@ def test_evaluate_counts_each_example_of_a_task_once(part):
         rows = np.isin(TEST.labels, group)
         guess = np.asarray(logits)[rows][:, group].argmax(-1) + group[0]
         np.testing.assert_allclose(actual, (guess == TEST.labels[rows]).mean())
-
-
-def test_examples_of_other_tasks_behind_the_padding_do_no_harm():
-    """The padding points at row 0, whose class is masked: its loss is infinite."""
-    pieces = make(0.0, inner=optax.sgd(0.1), batch_size=64)
-    task = jax.tree.map(lambda x: x[1], TRAIN_TASKS)
-    assert not task.classes[TRAIN.labels[0]]
-    assert int(task.size) % 64 != 0
-    key = jax.random.key(0)
-    carry = pieces.init(key)
-    compiled, expected = pieces.epoch(carry, on_device(TRAIN), task, key)
-    with jax.disable_jit():
-        eager, report = pieces.epoch(carry, on_device(TRAIN), task, key)
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5),
-        (eager.params, report),
-        (compiled.params, expected),
-    )
 
 
 def test_a_run_is_a_function_of_its_seed():
