@@ -462,7 +462,7 @@ def run(config: Config) -> None:
 def report(config: Config, record: Record) -> None:
     """Print and draw what is finished."""
     runs = record.runs
-    name = f"{config.network} {split_mnist.NAMES[config.data]}".capitalize()
+    name = f"{config.network.capitalize()} {split_mnist.NAMES[config.data]}"
     print(f"\n{name}: ω after the first task, mean ± SEM, n = {config.networks}")
     print(bias_table(runs))
     for with_ in ("si", "root fisher", "hessian"):
