@@ -1,0 +1,218 @@
+"""The importances are what they are called; the experiment, on made-up digits."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import made_up
+import numpy as np
+import optax
+import problem
+import pytest
+
+import si_jax
+from experiments import command, why
+from si_jax import theory_figures
+from si_jax.models import MLP
+from si_jax.train import Carry
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tfds")
+    made_up.write(folder, "mnist", train=240, test=60)
+    return folder
+
+
+def make_config(folder, out=None, **settings):
+    small = {
+        "batch_sizes": (16,),
+        "seeds": 2,
+        "networks": 2,
+        "pulls": (0.0, 1.0),
+        "epochs": 2,
+        "hidden": (8,),
+        "importance_examples": 10,
+        "held_out": 0.2,
+    }
+    return why.Config(data_dir=folder, out=out, **(small | settings))
+
+
+def run(config):
+    with jax.numpy_dtype_promotion("standard"):
+        why.run(config)
+    return json.loads((config.out / "results.json").read_text())
+
+
+# --- The importances ------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """Ω after two tasks by the core's two rules; what is held instead; the steps."""
+    links = {
+        "si": si_jax.synaptic_intelligence(0.0, 0.1),
+        "unbiased": si_jax.synaptic_intelligence(0.0, 0.1, unbiased=True),
+    }
+    boundaries = why.boundaries(MLP((8,), 10), 1)
+    names = ("l2", "si", "unbiased", "absolute", "squared")
+    tx = optax.chain(
+        links["si"],
+        why.watch(),
+        why.ewc.elastic_weight_consolidation(0.0, decay=1.0),
+        problem.OPTIMIZERS["adam"],
+    )
+
+    def core(link):
+        both = optax.chain(link, problem.OPTIMIZERS["adam"])
+        _, _, state = problem.train(both, problem.init(), tasks=2)[-1]
+        return si_jax.synapses(state).importance
+
+    def held(name):
+        def boundary(_, state, params):
+            state = boundaries[name](Carry(params, state)).opt_state
+            state = si_jax.consolidate(state, params)
+            fresh = why.watch().init(params)
+            return (state[0], fresh, *state[2:])
+
+        history = problem.train(tx, problem.init(), tasks=2, boundary=boundary)
+        return history[-1][-1][2].importance, history
+
+    return {k: core(x) for k, x in links.items()}, {k: held(k) for k in names}
+
+
+def close(found, expected):
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
+        found,
+        expected,
+    )
+
+
+def test_both_rules_are_the_cores(trained):
+    core, held = trained
+    for name, expected in core.items():
+        close(held[name][0], expected)
+    kernels = [core[name]["kernel"] for name in core]
+    assert np.abs(kernels[0] - kernels[1]).max() > 1e-2, "they differ"
+
+
+def test_gradients_are_summed_over_the_tasks(trained):
+    _, held = trained
+    assert all((x == 2).all() for x in jax.tree.leaves(held["l2"][0])), "1 a task"
+    for name, of in (("absolute", jnp.abs), ("squared", jnp.square)):
+        found, history = held[name]
+        gradients = [g for visited, *_ in history for g, _ in visited]
+        sums = jax.tree.map(lambda *g, of=of: sum(map(of, g)), *gradients)
+        close(found, sums)
+
+
+def test_the_bias_is_what_the_rules_differ_in():
+    """In eq. 5's numerator, of one task whose sums are all positive."""
+    params, moved = {"w": jnp.array([0.5, 0.5])}, {"w": jnp.array([1.0, 2.0])}
+    tx = optax.chain(
+        si_jax.synaptic_intelligence(0.0, 1.0),
+        why.watch(),
+        why.ewc.elastic_weight_consolidation(0.0, decay=1.0),
+    )
+    synaptic, watched, memory = tx.init(params)
+    synapses = synaptic.synapses._replace(path_integral={"w": jnp.array([5.0, 1.0])})
+    synaptic = synaptic._replace(
+        synapses=synapses, last_grads={"w": jnp.array([-100.0, -100.0])}
+    )
+    watched = watched._replace(path_integral={"w": jnp.array([3.0, 2.0])})
+    carry = Carry(moved, (synaptic, watched, memory))
+    after = why.boundaries(MLP((8,), 10), 1)["bias"](carry).opt_state[2]
+    np.testing.assert_allclose(after.importance["w"], [(5 - 3) / 1.25, 0], rtol=1e-6)
+
+
+def test_numbers_are_those_of_the_boundaries():
+    boundaries = list(why.boundaries(MLP((8,), 10), 1))
+    assert list(why.TITLES) == ["fine-tuning", *boundaries]
+    for i, name in enumerate(boundaries):
+        assert why.number(name) == i
+    assert why.number("fine-tuning") == 0
+
+
+def test_correlations_leave_out_what_is_dead():
+    hessian = np.array([0.0, 0.0, 1.0, 2.0, 3.0])
+    found = why.correlate({"si": hessian**3 + 1, "mas": -hessian, "hessian": hessian})
+    assert found["alive"] == 0.6
+    np.testing.assert_allclose(
+        found["rank"], [[1, -1, 1], [-1, 1, -1], [1, -1, 1]], atol=1e-12
+    )
+    assert 0.9 < found["linear"][0, 2] < 1
+
+
+# --- The experiment -------------------------------------------------------------------
+
+
+def test_importances_are_measured_chosen_and_learned_with(folder, tmp_path, capsys):
+    config = make_config(folder, tmp_path, importances=("fine-tuning", "si"))
+    record = run(config)
+    runs = record["runs"]
+    measures = why.measured(runs)[16]
+    assert list(measures["layers"]) == ["layer 1", "layer 2"]
+    assert np.shape(measures["layers"]["layer 1"]["rank"]) == (2, 9, 9)
+    i, j = (why.CORRELATED.index(x) for x in ("fisher", "root fisher"))
+    ranks = np.asarray(measures["layers"]["layer 1"]["rank"])
+    np.testing.assert_allclose(ranks[:, i, j], 1, atol=1e-6)
+    omega = measures["ω"]
+    np.testing.assert_allclose(
+        why.share(omega), 1 - np.divide(omega["unbiased"], omega["sum"])
+    )
+    found = dict(why.tested(runs))
+    assert set(found) == {(16, "fine-tuning"), (16, "si")}
+    assert np.shape(found[16, "si"]["test"]) == (2, 5, 5)
+    assert runs["batch 16: si, grid"]["points"]["strength"][0] == 0
+    printed = capsys.readouterr().out
+    for table in (
+        why.bias_table(runs),
+        why.correlation_table(runs, "si"),
+        why.choice_table(config, runs),
+        why.accuracy_table(runs),
+    ):
+        assert table in printed
+    for name in ("why", "why_correlations"):
+        assert (tmp_path / f"{name}.png").stat().st_size > 10_000
+    assert run(config) == record
+
+
+def test_the_permuted_network_is_only_measured_if_asked_to_learn_with_none(
+    folder, tmp_path
+):
+    settings = {"network": "permuted", "importances": (), "tasks": 2, "hidden": (32,)}
+    runs = run(make_config(folder, tmp_path, **settings))["runs"]
+    assert list(runs) == ["batch 16: measures"]
+    assert runs["batch 16: measures"]["layers"]["layer 1"]["alive"][0] > 0.2
+
+
+def test_the_figure_has_the_bias_and_the_accuracies():
+    figure = theory_figures.by_batch_size(
+        {32: [0.5, 0.7], 256: [0.1, 0.1]}, {"SI": {32: [0.9], 256: [0.8, 0.6]}}
+    )
+    left, right = figure.axes
+    np.testing.assert_allclose(left.lines[0].get_ydata(), [0.6, 0.1], rtol=1e-6)
+    np.testing.assert_allclose(right.lines[0].get_ydata(), [0.9, 0.7], rtol=1e-6)
+
+
+@pytest.mark.parametrize("path", sorted(command.CONFIGS.glob("why*.toml")))
+def test_shipped_configurations_are_valid(path):
+    config = command.parse(why.Config, "why", ["--config", str(path)])
+    assert (config == why.Config()) == (path.stem == "why")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--importances", "sgd"], "invalid choice"),
+        (["--batch-sizes", "0"], "batch_sizes must be >= 1"),
+        (["--pulls", "-1"], "pulls must be >= 0"),
+        (["--held-out", "1"], "held_out must be between 0 and 1"),
+        (["--networks", "0"], "networks must be at least 1"),
+    ],
+)
+def test_values_that_make_no_sense_are_refused(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        command.parse(why.Config, "why", arguments)
+    assert message in " ".join(capsys.readouterr().err.split())
