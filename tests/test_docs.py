@@ -22,6 +22,7 @@ from experiments import (
     split_cifar,
     split_mnist,
     sweep,
+    why,
 )
 from experiments.record import table
 from si_jax.metrics import average_accuracy
@@ -397,3 +398,18 @@ def test_commands_exist():
         for name in re.findall(r"python -m experiments\.(\w+)", page.read_text()):
             assert (ROOT / "experiments" / f"{name}.py").exists(), name
             assert (ROOT / "configs" / f"{name}.toml").exists(), name
+
+
+def test_why_si_works_is_the_record():
+    text, shown = (ROOT / "docs/why.md").read_text(), record("why_quick")
+    path = command.CONFIGS / "why_quick.toml"
+    config = command.parse(why.Config, "why", ["--config", str(path)])
+    runs = shown["runs"]
+    for made in (
+        why.bias_table(runs),
+        why.correlation_table(runs, "si"),
+        why.choice_table(config, runs),
+    ):
+        assert made in text
+    shares = [why.share(x["ω"]).mean() for x in why.measured(runs).values()]
+    assert shares[0] > 0.5 > shares[1] > shares[2]
