@@ -237,7 +237,10 @@ def pairs(
                 for (i, j), value in np.ndenumerate(values):
                     if i != j:
                         text = f"{value:.2f}".replace("0.", ".", 1)
-                        panel.text(j, i, text, ha="center", va="center", fontsize=5)
+                        colour = "white" if abs(value) > 0.7 else "black"
+                        panel.text(
+                            j, i, text, ha="center", va="center", fontsize=5, c=colour
+                        )
                 panel.set_xticks(range(len(names)), names, rotation=90)
                 panel.set_yticks(range(len(names)), names)
                 panel.set_title(column)
