@@ -93,13 +93,13 @@ class Config(command.Options):
         "squared",
     )
     """What to learn with, likewise; none: only measure."""
-    seeds: int = 10
+    seeds: int = 5
     """Runs of each on the test set, with the seeds 0, 1, …; more can be added later."""
     networks: int = 3
     """To measure the importances of, with the seeds 0, 1, …"""
     grid_seeds: int = 1
     """Runs of each strength to choose from, with other seeds."""
-    pulls: tuple[float, ...] = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
+    pulls: tuple[float, ...] = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
     """c to choose from, for each importance over its mean after the first task."""
     tasks: int = 5
     """Of permuted MNIST; split MNIST has five."""
