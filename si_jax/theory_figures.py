@@ -272,8 +272,8 @@ def by_batch_size(
         sizes = sorted(found)
         values = [np.asarray(found[size]) for size in sizes]
         error = [np.nan_to_num(np.asarray(metrics.standard_error(x))) for x in values]
-        mean = [x.mean() for x in values]
-        panel.errorbar(sizes, mean, error, markersize=4, capsize=2, **style)
+        mean = np.array([x.mean() for x in values])
+        panel.errorbar(np.array(sizes), mean, error, markersize=4, capsize=2, **style)
 
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(7.0, 3.2), layout="constrained")

@@ -147,6 +147,7 @@ def test_correlations_leave_out_what_is_dead():
 # --- The experiment -------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_importances_are_measured_chosen_and_learned_with(folder, tmp_path, capsys):
     config = make_config(folder, tmp_path, importances=("fine-tuning", "si"))
     record = run(config)
@@ -184,7 +185,7 @@ def test_the_permuted_network_is_only_measured_if_asked_to_learn_with_none(
     settings = {"network": "permuted", "importances": (), "tasks": 2, "hidden": (32,)}
     runs = run(make_config(folder, tmp_path, **settings))["runs"]
     assert list(runs) == ["batch 16: measures"]
-    assert runs["batch 16: measures"]["layers"]["layer 1"]["alive"][0] > 0.2
+    assert min(runs["batch 16: measures"]["layers"]["layer 1"]["alive"]) > 0
 
 
 def test_the_figure_has_the_bias_and_the_accuracies():
