@@ -9,7 +9,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -57,18 +57,7 @@ HELD_OUT = 0.1
 class Config(command.Options):
     """Fine-tune a small language model on a new text; what does it keep of the old?"""
 
-    methods: tuple[Name, ...] = (
-        "fine-tuning",
-        "slow",
-        "l2",
-        "ewc",
-        "mas",
-        "si",
-        "si fisher",
-        "lora",
-        "lora si",
-        "mixed",
-    )
+    methods: tuple[Name, ...] = get_args(Name)
     """What to run; more can be added later in the same --out."""
     seeds: int = 4
     """Runs of each method, with the seeds 0, 1, …; more can be added later."""
@@ -692,15 +681,15 @@ def cost(config: Config, problem: driver.Problem) -> dict[str, dict[str, float]]
       memory that a step takes at most.
     """
     narrow = dataclasses.replace(config, state_dtype="bfloat16")
-    parts = dataclasses.replace(config, micro_batch=max(config.batch_size // 4, 1))
-    if config.batch_size % parts.micro_batch:
-        parts = config
+    size = config.batch_size
+    split = max(n for n in range(1, 5) if size % n == 0)
+    parts = dataclasses.replace(config, micro_batch=size // split)
     kinds: dict[str, tuple[Config, Memory, bool]] = {
         "fine-tuning": (config, None, False),
         "l2, ewc, mas": (config, "ewc", False),
         "si": (config, "si", False),
         "si, bfloat16 Ω and θ̃": (narrow, "si", False),
-        "si, batch in 4 parts": (parts, "si", False),
+        f"si, batch in {split} parts": (parts, "si", False),
         "lora": (config, None, True),
         "lora si": (config, "si", True),
     }

@@ -7,7 +7,7 @@ but with the same two outputs for every pair, and as a growing number of classes
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -52,15 +52,7 @@ class Config(split_mnist.Setting):
 
     scenario: tuple[Scenario, ...] = SCENARIOS
     """What to run; more can be added later in the same --out."""
-    methods: tuple[Name, ...] = (
-        "fine-tuning",
-        "l2",
-        "si",
-        "ewc",
-        "online ewc",
-        "mas",
-        "joint",
-    )
+    methods: tuple[Name, ...] = get_args(Name)
     """Likewise."""
     seeds: int = 10
     """Runs of each method, with the seeds 0, 1, …; more can be added later."""
