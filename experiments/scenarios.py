@@ -56,7 +56,7 @@ class Config(split_mnist.Setting):
     """Likewise."""
     seeds: int = 10
     """Runs of each method, with the seeds 0, 1, …; more can be added later."""
-    grid_seeds: int = 1
+    grid_seeds: int = 2
     """Runs of each strength to choose from, with other seeds."""
     epochs: int = 4
     """Passes over each task."""
@@ -74,9 +74,9 @@ class Config(split_mnist.Setting):
     """The values of c to choose from; the importance is 1 a task."""
     si_strengths: tuple[float, ...] = (100.0, 1e3, 1e4, 1e5)
     """Likewise, c of eq. 4."""
-    ewc_strengths: tuple[float, ...] = (1e3, 1e5, 1e7, 1e9)
+    ewc_strengths: tuple[float, ...] = (1e6, 1e8, 1e10, 1e12)
     """Likewise, c = λ/2, of both forms of EWC."""
-    mas_strengths: tuple[float, ...] = (0.1, 1.0, 10.0, 100.0)
+    mas_strengths: tuple[float, ...] = (0.1, 10.0, 1e3, 1e5)
     """Likewise, c = λ of MAS."""
     importance_examples: int = 500
     """Of each task, for EWC's Fisher information and MAS's sensitivity."""
