@@ -5,6 +5,7 @@ Most of a test's time is compilation: LLVM does without its optimizations, which
 pytest's own cache. Processes that tests start inherit both.
 """
 
+import gc
 import os
 from pathlib import Path
 
@@ -14,6 +15,8 @@ CACHE = Path(__file__).parent.parent / ".pytest_cache" / "jax"
 os.environ.setdefault("XLA_FLAGS", QUICK)
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+
+gc.set_threshold(50_000)  # of a million objects that stay, most are JAX's
 
 import jax  # noqa: E402 (reads the environment)
 
