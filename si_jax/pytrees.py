@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.typing import ArrayLike
 
@@ -92,7 +93,7 @@ def _split_complex(tree: Any, slots: set[_Path]) -> dict[_Path, Any]:
     real, imaginary = map(jax.tree_util.GetAttrKey, ("real", "imaginary"))
     leaves = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        if jnp.iscomplexobj(leaf) and (*path, real) in slots:
+        if np.iscomplexobj(leaf) and (*path, real) in slots:  # a module has functions
             leaves[*path, real] = jnp.real(leaf)
             leaves[*path, imaginary] = jnp.imag(leaf)
         else:
