@@ -145,7 +145,9 @@ def parse(config_class: type[Config], name: str, arguments: list[str]) -> Config
     try:
         entries = tomllib.loads(path.read_bytes().decode())
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot read the configuration {path} as TOML: {error}") from error
+        raise UserError(
+            f"cannot read the configuration {path} as TOML: {error}"
+        ) from error
     fields = [field.name for field in dataclasses.fields(config_class)]
     for key in entries:
         if key not in fields:
