@@ -16,10 +16,18 @@ os.environ.setdefault("XLA_FLAGS", QUICK)
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
-gc.set_threshold(50_000)  # of a million objects that stay, most are JAX's
+gc.set_threshold(50_000)  # JAX makes many objects, and little garbage
 
 import jax  # noqa: E402 (reads the environment)
+import pytest  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget():
+    """What a module compiled, the next hardly needs; all of it would fill 4 GB."""
+    yield
+    jax.clear_caches()

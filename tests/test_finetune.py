@@ -68,6 +68,7 @@ def run(config):
     return json.loads((config.out / "results.json").read_text())
 
 
+@pytest.mark.slow
 def test_two_methods_from_start_to_finish(files, tmp_path, capsys):
     small = config(files, tmp_path)
     record = run(small)

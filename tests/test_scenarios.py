@@ -36,6 +36,7 @@ def run(config):
     return json.loads((config.out / "results.json").read_text())
 
 
+@pytest.mark.slow
 def test_a_scenario_is_run_and_more_can_be_added(make_config, tmp_path, capsys):
     first = run(make_config(tmp_path, scenario=("class",), methods=("joint",)))
     assert set(first["runs"]) == {"class: joint"}

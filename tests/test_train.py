@@ -395,6 +395,7 @@ class Config(Options):
     PICKS = ("seeds",)
 
 
+@pytest.mark.slow
 def test_added_seeds_are_what_all_at_once_gives(tmp_path):
     """In groups, whose first task the methods go on sharing."""
     problem = driver.Problem(TRAIN, TEST, TRAIN_TASKS, TEST_TASKS)
@@ -502,6 +503,7 @@ def make_permuted(strength, remember=3):
     return compiled(remembering(pieces, remember) if remember else pieces)
 
 
+@pytest.mark.slow
 def test_the_driver_permutes_each_run_its_own_way_and_correlates_omega(tmp_path):
     """Against runs on copies of the images."""
     result = drive(make_permuted, permuted_problem(), tmp_path, strength=0.3)

@@ -179,6 +179,7 @@ def test_importances_are_measured_chosen_and_learned_with(folder, tmp_path, caps
     assert run(config) == record
 
 
+@pytest.mark.slow
 def test_the_permuted_network_is_only_measured_if_asked_to_learn_with_none(
     folder, tmp_path
 ):
