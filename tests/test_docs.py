@@ -409,7 +409,17 @@ def test_why_si_works_is_the_record():
         why.bias_table(runs),
         why.correlation_table(runs, "si"),
         why.choice_table(config, runs),
+        why.accuracy_table(runs),
     ):
         assert made in text
     shares = [why.share(x["ω"]).mean() for x in why.measured(runs).values()]
     assert shares[0] > 0.5 > shares[1] > shares[2]
+    mean = {key: np.mean(average_accuracy(x["test"])) for key, x in why.tested(runs)}
+    assert mean[8, "unbiased"] < min(mean[8, "si"], mean[8, "bias"]) - 0.04
+    assert mean[8, "unbiased"] > mean[8, "fine-tuning"] + 0.05
+    assert mean[128, "bias"] + 0.01 < mean[128, "unbiased"]
+    assert abs(mean[128, "unbiased"] - mean[128, "si"]) < 0.003
+    for size in (8, 32, 128):
+        assert (
+            mean[size, "si"] > max(x for (n, _), x in mean.items() if n == size) - 0.003
+        )
