@@ -6,7 +6,7 @@ but with the same two outputs for every pair, and as a growing number of classes
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import jax
@@ -258,6 +258,33 @@ def grid_name(scenario: str, method: str) -> str:
     return f"{scenario}: {method}, grid"
 
 
+def chosen(
+    config: Any,
+    grid: str,
+    make_learner: Callable[..., Learner],
+    make_problem: Callable[[], Problem],
+    record: Record,
+    strengths: Sequence[float],
+    further: Mapping[str, float],
+) -> float:
+    """The strength that is best on held-out data, by runs with seeds of their own."""
+    accuracy = driver.run_grid(
+        config,
+        grid,
+        make_learner,
+        make_problem,
+        record,
+        range(GRID_SEEDS, GRID_SEEDS + config.grid_seeds),
+        {
+            "strength": strengths,
+            "damping": [config.damping],
+            **{key: [value] for key, value in further.items()},
+        },
+    )
+    after = np.asarray(metrics.average_accuracy(accuracy))
+    return strengths[choose(after.reshape(config.grid_seeds, -1))]
+
+
 def choose(accuracy: np.ndarray) -> int:
     """The strength of the best mean: ``(seeds, strengths)`` to an index."""
     return int(accuracy.mean(axis=0).argmax())
@@ -277,21 +304,15 @@ def run(config: Config) -> None:
         for method in config.methods:
             name, c, arm = f"{scenario}: {method}", 0.0, known[method]
             if arm.candidates:
-                accuracy = driver.run_grid(
+                c = chosen(
                     config,
                     grid_name(scenario, method),
                     arm.make_learner,
                     functools.partial(choice_problem, scenario),
                     record,
-                    range(GRID_SEEDS, GRID_SEEDS + config.grid_seeds),
-                    {
-                        "strength": arm.candidates,
-                        "damping": [config.damping],
-                        **{key: [value] for key, value in arm.further.items()},
-                    },
+                    arm.candidates,
+                    arm.further,
                 )
-                after = np.asarray(metrics.average_accuracy(accuracy))
-                c = arm.candidates[choose(after.reshape(config.grid_seeds, -1))]
                 name = f"{name} c={c:g}"
             learns = functools.partial(in_scenario, scenario)
             if method == "joint":
