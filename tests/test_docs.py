@@ -435,3 +435,25 @@ def test_why_si_works_is_the_record():
         assert (
             mean[size, "si"] > max(x for (n, _), x in mean.items() if n == size) - 0.003
         )
+
+
+def test_why_si_works_on_permuted_digits_is_the_record():
+    text, runs = (
+        (ROOT / "docs/why.md").read_text(),
+        record("why_permuted_quick")["runs"],
+    )
+    assert why.bias_table(runs) in text
+    assert why.accuracy_table(runs) in text
+    mean = {key: np.mean(average_accuracy(x["test"])) for key, x in why.tested(runs)}
+    lead = mean[32, "si"] - mean[32, "l2"]
+    assert 0 < mean[32, "unbiased"] - mean[32, "l2"] < lead / 2
+    assert abs(mean[32, "bias"] - mean[32, "si"]) < 0.002
+    assert mean[256, "si"] - 0.005 < mean[256, "unbiased"] < mean[256, "si"]
+    for size in (32, 256):
+        for other in ("fisher", "mas", "squared"):
+            assert 0 < mean[size, other] - mean[size, "si"] < 0.006
+    layers = why.measured(runs)[32]["layers"].values()
+    si, root, absolute = map(why.CORRELATED.index, ("si", "root fisher", "absolute"))
+    rank = np.array([np.mean(layer["rank"], axis=0)[si] for layer in layers])
+    assert rank[:, root].round(2).tolist() == [0.86, 0.76, 0.76]
+    assert (rank[:, absolute].round(2) >= 0.97).all()
