@@ -1,15 +1,19 @@
 """Four CPU devices and strict numerics, set before any test or doctest runs.
 
-Most of a test's time is compilation: LLVM does without its optimizations, which
-``XLA_FLAGS=`` brings back, and programs that took long to compile are kept beside
-pytest's own cache. Processes that tests start inherit both.
+Most of a test's time is compilation: LLVM does without its optimizations and XLA
+without its new fusions, both of which ``XLA_FLAGS=`` brings back, and programs that
+took long to compile are kept beside pytest's own cache. Processes that tests start
+inherit all of it.
 """
 
 import gc
 import os
 from pathlib import Path
 
-QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+QUICK = (
+    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
+    "--xla_cpu_use_fusion_emitters=false"
+)
 CACHE = Path(__file__).parent.parent / ".pytest_cache" / "jax"
 
 os.environ.setdefault("XLA_FLAGS", QUICK)

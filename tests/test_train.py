@@ -1,6 +1,7 @@
 """Runs in a small world whose right answers are known."""
 
 import dataclasses
+import functools
 import json
 
 import chex
@@ -56,16 +57,20 @@ def compiled(pieces):
     return Learner(*map(jax.jit, pieces))
 
 
-def make(strength=0.3, *, inner=None, batch_size=16, fresh=True, **more):
+def plain(strength=0.3, *, inner=None, batch_size=16, fresh=True, **more):
     inner = inner or lenient(optax.adam(0.01))
     tx = si_jax.with_synaptic_intelligence(inner, strength, 0.01)
     boundary = [consolidate, reset(tx)] if fresh else [consolidate]
     more = {"batch_size": batch_size, "boundary": boundary} | more
-    return compiled(learner(MODEL, tx, (3, 3, 1), **more))
+    return learner(MODEL, tx, (3, 3, 1), **more)
+
+
+def make(*args, **kwargs):
+    return compiled(plain(*args, **kwargs))
 
 
 def run(key, strength=0.3, **kwargs):
-    pieces = make(strength, **kwargs)
+    pieces = plain(strength, **kwargs)
     return train(pieces, key, TRAIN, TEST, TRAIN_TASKS, TEST_TASKS, epochs=EPOCHS)
 
 
@@ -188,24 +193,30 @@ def test_finish_resets_the_optimizer_or_keeps_it(fresh):
     )
 
 
-@pytest.mark.parametrize("max_parallel", [1, 2])
-def test_vmap_pmap_and_the_driver_equal_single_runs(max_parallel, tmp_path):
+@pytest.fixture(scope="module")
+def single():
+    """Runs of three seeds, one by one."""
+    alone = [jax.jit(run)(jax.random.key(seed)) for seed in range(3)]
+    return jax.tree.map(lambda *x: np.stack(x), *alone)
+
+
+def agree(test, train, loss, single):
+    np.testing.assert_allclose(test, single.test, atol=0.03)
+    np.testing.assert_allclose(train, single.train, atol=0.03)
+    np.testing.assert_allclose(loss, single.epochs.loss, rtol=1e-3)
+
+
+def test_vmap_and_pmap_equal_single_runs(single):
     keys = jax.vmap(jax.random.key)(jnp.arange(3))
-    single = [jax.jit(run)(key) for key in keys]
-    stacked = jax.tree.map(lambda *x: np.stack(x), *single)
-
-    def agree(result):
-        np.testing.assert_allclose(result["test"], stacked.test, atol=0.03)
-        np.testing.assert_allclose(result["train"], stacked.train, atol=0.03)
-        np.testing.assert_allclose(result["loss"], stacked.epochs.loss, rtol=1e-3)
-
     ways = [jax.jit(jax.vmap(run))]
     if jax.local_device_count() >= len(keys):
         ways.append(jax.pmap(run))
     for together in (way(keys) for way in ways):
-        loss = together.epochs.loss
-        agree({"test": together.test, "train": together.train, "loss": loss})
+        agree(together.test, together.train, together.epochs.loss, single)
 
+
+@pytest.mark.parametrize("max_parallel", [1, 2])
+def test_the_driver_equals_single_runs(max_parallel, tmp_path, single):
     options = Options(out=tmp_path, max_parallel=max_parallel)
     problem = driver.Problem(TRAIN, TEST, TRAIN_TASKS, TEST_TASKS)
     result = driver.run(
@@ -219,25 +230,29 @@ def test_vmap_pmap_and_the_driver_equal_single_runs(max_parallel, tmp_path):
     )
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     loss = np.stack([json.loads(line)["loss"] for line in lines], axis=1)
-    agree({**result, "loss": loss.reshape(3, 2, EPOCHS)})
-    np.testing.assert_allclose(result["initial"], stacked.initial)
+    agree(result["test"], result["train"], loss.reshape(3, 2, EPOCHS), single)
+    np.testing.assert_allclose(result["initial"], single.initial)
 
 
-def test_a_grid_is_swept_in_one_program():
+def test_a_grid_is_swept_in_one_program(monkeypatch):
+    """Bit for bit, with the fusions that users' programs have."""
+    fused = {"xla_cpu_use_fusion_emitters": True}
+    monkeypatch.setattr(jax, "jit", functools.partial(jax.jit, compiler_options=fused))
+
     def point(key, examples, strength):
-        pieces = make(strength)
+        pieces = plain(strength)
         return train(
             pieces, key, examples, TEST, TRAIN_TASKS, TEST_TASKS, epochs=EPOCHS
         )
 
     grid = sweep.sweep(point, on_device(TRAIN), seeds=[0, 5], strength=[0.0, 0.3, 3.0])
     assert grid.test.shape == (2, 3, 2, 2)
-    single = jax.jit(run)
+    alone = jax.jit(run)
     for i, seed in enumerate([0, 5]):
         for j, strength in enumerate([0.0, 0.3, 3.0]):
-            alone = single(jax.random.key(seed), strength)
-            np.testing.assert_array_equal(grid.test[i, j], alone.test)
-            np.testing.assert_array_equal(grid.epochs.loss[i, j], alone.epochs.loss)
+            single = alone(jax.random.key(seed), strength)
+            np.testing.assert_array_equal(grid.test[i, j], single.test)
+            np.testing.assert_array_equal(grid.epochs.loss[i, j], single.epochs.loss)
 
 
 def test_epochs_report_what_synaptic_intelligence_sees():
