@@ -63,12 +63,16 @@ class Transformer(nnx.Module):
 
     def __call__(self, text: jax.Array) -> jax.Array:
         """Logits ``(…, length, 256)`` of the bytes that follow those of ``text``."""
-        places = self.place(jnp.arange(text.shape[-1]))
+        length = text.shape[-1]
+        places = self.place(jnp.arange(length))
         x = self.embed(text.astype(jnp.int32))
         x = x + jnp.broadcast_to(places, x.shape)
+        # One axis for all bytes of all texts: the gradient of a matrix with respect to
+        # two would make XLA copy its factor, transposed.
+        x = x.reshape(-1, x.shape[-1])
         for block in self.blocks:
-            x = block(x)
-        return self.head(self.norm(x))
+            x = block(x, length)
+        return self.head(self.norm(x)).reshape(*text.shape, BYTES)
 
 
 class Block(nnx.Module):
@@ -88,11 +92,12 @@ class Block(nnx.Module):
         self.widen = linear(width, 4 * width)
         self.narrow = linear(4 * width, width)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """``(…, length, width)``."""
+    def __call__(self, x: jax.Array, length: int) -> jax.Array:
+        """``(bytes, width)``, text after text."""
         parts = self.attend(self.before_attention(x))
-        split = parts.reshape(*x.shape[:-1], 3, self.heads, -1)
-        query, key, value = (split[..., i, :, :] for i in range(3))
+        width = x.shape[-1] // self.heads
+        split = parts.reshape(-1, length, 3, self.heads, width)
+        query, key, value = (split[:, :, i] for i in range(3))
         found = jax.nn.dot_product_attention(query, key, value, is_causal=True)
         x = x + self.gather(found.reshape(x.shape))
         return x + self.narrow(nnx.relu(self.widen(self.before_perceptron(x))))
