@@ -67,8 +67,8 @@ class Transformer(nnx.Module):
         places = self.place(jnp.arange(length))
         x = self.embed(text.astype(jnp.int32))
         x = x + jnp.broadcast_to(places, x.shape)
-        # One axis for all bytes of all texts: the gradient of a matrix with respect to
-        # two would make XLA copy its factor, transposed.
+        # One axis for all bytes of all texts: with two, every matrix's gradient would
+        # make XLA copy its other factor, transposed.
         x = x.reshape(-1, x.shape[-1])
         for block in self.blocks:
             x = block(x, length)

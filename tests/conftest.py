@@ -3,7 +3,7 @@
 Most of a test's time is compilation: LLVM does without its optimizations and XLA
 without its new fusions, both of which ``XLA_FLAGS=`` brings back, and programs that
 took long to compile are kept beside pytest's own cache. Processes that tests start
-inherit all of it.
+inherit all but the fusions.
 """
 
 import gc
