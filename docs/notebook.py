@@ -23,8 +23,8 @@ def notebook(page: Path) -> str:
     """Turn a page into a notebook: Python blocks into code cells, the rest into text.
 
     Args:
-      page: Markdown with images as ``![]()`` or in the directive ``{image}``. A line
-        that names a notebook leads to this one, and is left out of it.
+      page: Markdown with images. A line that names a notebook leads to this one, and is
+        left out of it.
 
     Returns:
       JSON in nbformat 4.4, the images inside, no outputs.
@@ -35,7 +35,6 @@ def notebook(page: Path) -> str:
         return f"![{image['alt']}](data:image/png;base64,{content})"
 
     text = re.sub(r"(?m)^.*\.ipynb.*\n\n", "", page.read_text())
-    text = re.sub(r"(?m)^```{image} (.+)\n:alt: (.+)\n(:.+\n)*```", r"![\2](\1)", text)
     text = re.sub(r"!\[(?P<alt>.*)\]\((?P<path>.+\.png)\)", embed, text)
     prose, *rest = re.split(r"(?ms)^```python\n(.*?)^```\n", text)
     cells = [_code(INSTALL), _text(prose)]

@@ -144,10 +144,12 @@ def parse(config_class: type[Config], name: str, arguments: list[str]) -> Config
     path = known.config
     try:
         entries = tomllib.loads(path.read_bytes().decode())
-    except (OSError, ValueError) as error:
+    except OSError as error:
         raise UserError(
-            f"cannot read the configuration {path} as TOML: {error}"
+            f"cannot read the configuration {path}: {error.strerror}."
         ) from error
+    except ValueError as error:
+        raise UserError(f"the configuration {path} is not TOML: {error}") from error
     fields = [field.name for field in dataclasses.fields(config_class)]
     for key in entries:
         if key not in fields:

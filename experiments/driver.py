@@ -582,8 +582,9 @@ def _show(
 
 
 def _accuracy_so_far(test: np.ndarray, finished: int) -> str:
-    """The average test accuracy over the tasks that are finished."""
+    """The average accuracy over the tasks that are finished, on what is held out."""
     if not finished:
         return ""
     matrix = test[:, :finished, : finished if test.shape[1] > 1 else None]
-    return f", tasks so far {metrics.average_accuracy(matrix).mean():.3f} (test)"
+    mean = metrics.average_accuracy(matrix).mean()
+    return f", held-out accuracy so far {mean:.3f}"

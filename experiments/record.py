@@ -57,7 +57,9 @@ class Record:
             if config.overwrite:
                 self._clear()
         except OSError as error:
-            raise UserError(f"cannot write to --out {self.folder}: {error}") from error
+            raise UserError(
+                f"cannot write to --out {self.folder}: {error.strerror or error}."
+            ) from error
         self._tensorboard = (
             TensorBoard(self.folder / "tensorboard") if config.tensorboard else None
         )
