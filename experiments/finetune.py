@@ -856,7 +856,7 @@ def best_table(config: Config, runs: Mapping[str, Any]) -> str:
     rows = [["", *names[:2], "mean"]]
     with_third = any(third(arm) in runs for arm, _ in choose(config, runs).values())
     if with_third:
-        rows[0] += [f"then {names[2]}: {x}" for x in (*names, "mean")]
+        rows[0] += [f"after {names[2]}: {x}" for x in (*names, "mean")]
 
     def row(title, first, last):
         found = [title, *map(cells, first.T[:2]), cells(first[:, :2].mean(1))]
@@ -884,7 +884,7 @@ def best_table(config: Config, runs: Mapping[str, Any]) -> str:
 
 def equal_table(config: Config, runs: Mapping[str, Any]) -> str:
     """A row a family: how much of the old text it forgot for what it learned."""
-    fractions = (0.5, 0.75, 0.9, 1.0)
+    fractions = (0.5, 0.75, 0.9)
     rows = [["", *(f"{f:.0%}" for f in fractions)]]
     for name, values in at_equal_loss(config, runs, fractions).items():
         title = "early stopping" if name == "fine-tuning" else name
@@ -947,7 +947,8 @@ def report(study: Study) -> None:
     if "fine-tuning" in runs:
         print(
             "\nHow much the loss on the old text grew where a method has learned as "
-            "much of the new one:\npercent of what fine-tuning learns"
+            "much of the new one,\nas a part of what fine-tuning learns; – where it "
+            "learns less"
         )
         print(equal_table(config, runs))
     for name, layers in record.content.get("held", {}).items():
@@ -956,18 +957,26 @@ def report(study: Study) -> None:
     if "cost" in record.content:
         print("\nWhat a step costs, on one device")
         print(cost_table(record.content["cost"]))
-    show_samples(record.content.get("samples", {}))
+    for text in sample_tables(record.content["samples"]):
+        print(f"\n{text}")
     seconds = sum(x["seconds"] for x in runs.values())
     print(f"\nTook {seconds:.0f} s. Everything is in {record.folder}.")
     record.save("finetune", figure(config, runs))
 
 
-def show_samples(found: Mapping[str, Sequence[str]]) -> None:
-    """Print how the networks go on, a text after the other."""
-    prompts, *others = found.items()
-    for i, prompt in enumerate(prompts[1]):
-        print(f"\nHow they go on with {prompt!r}")
-        print(aligned([[name, repr(texts[i])] for name, texts in others]))
+def sample_tables(found: Mapping[str, Sequence[str]]) -> list[str]:
+    """How the networks go on, a text each."""
+    (_, prompts), *others = found.items()
+    width = max(len(name) for name, _ in others)
+    return [
+        "\n".join(
+            [
+                f"How they go on with {prompt!r}",
+                *(f"{name:{width}}  {written[i]!r}" for name, written in others),
+            ]
+        )
+        for i, prompt in enumerate(prompts)
+    ]
 
 
 def figure(config: Config, runs: Mapping[str, Any]) -> Figure:
