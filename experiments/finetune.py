@@ -44,6 +44,8 @@ Name = Literal[
     "mas",
     "si",
     "si fisher",
+    "slow si",
+    "slow si fisher",
     "lora",
     "lora si",
     "mixed",
@@ -109,6 +111,8 @@ class Config(command.Options):
     """c of MAS."""
     si_strengths: tuple[float, ...] = (0.1, 1.0, 3.0, 10.0)
     """c of SI with its own Ω, from the pretraining."""
+    slow_si_factor: float = 0.1
+    """Of the learning rate, for SI with a smaller one."""
     lora_rank: int = 8
     """Of the adapters."""
     state_dtype: Literal["bfloat16"] | None = None
@@ -132,7 +136,7 @@ class Config(command.Options):
     def __post_init__(self):
         """Refuse values that make no sense."""
         self.check(
-            positive=("learning_rate", "damping"),
+            positive=("learning_rate", "damping", "slow_si_factor"),
             at_least_1=(
                 *("seeds", "text_bytes", "width", "layers", "heads", "length"),
                 *("batch_size", "pretraining_steps", "steps", "stops", "epochs"),
@@ -329,6 +333,7 @@ class Family(NamedTuple):
         pretraining there is none, as it has its own.
       strengths: c, a method each, or without memory a factor of the learning rate; of
         none, one that is evaluated at every stop.
+      rate: a factor of the learning rate, for all of them.
       lora: train adapters alone.
       mixed: train on the old texts, too.
     """
@@ -336,13 +341,14 @@ class Family(NamedTuple):
     memory: Memory = None
     importance: Importance | None = None
     strengths: tuple[float, ...] = ()
+    rate: float = 1.0
     lora: bool = False
     mixed: bool = False
 
 
 def families(config: Config) -> dict[str, Family]:
     """What the configuration compares."""
-    fisher = config.fisher_strengths
+    fisher, slow = config.fisher_strengths, config.slow_si_factor
     every = {
         "fine-tuning": Family(),
         "slow": Family(strengths=config.slow_factors),
@@ -351,6 +357,8 @@ def families(config: Config) -> dict[str, Family]:
         "mas": Family("ewc", sensitivity, config.mas_strengths),
         "si": Family("si", None, config.si_strengths),
         "si fisher": Family("si", half_fisher, fisher),
+        "slow si": Family("si", None, config.si_strengths, slow),
+        "slow si fisher": Family("si", half_fisher, fisher, slow),
         "lora": Family(lora=True),
         "lora si": Family("si", half_fisher, fisher, lora=True),
         "mixed": Family(mixed=True),
@@ -363,11 +371,12 @@ def optimizer(
     memory: Memory,
     strength: jax.typing.ArrayLike,
     damping: jax.typing.ArrayLike,
+    rate: float = 1.0,
 ) -> optax.GradientTransformation:
     """Adam with a memory of a strength; without one, it is a factor of the rate."""
     if not memory:
         return optax.adam(config.learning_rate * strength)
-    adam = optax.adam(config.learning_rate)
+    adam = optax.adam(config.learning_rate * rate)
     if memory == "si":
         return si_jax.with_synaptic_intelligence(
             adam, strength, damping, state_dtype=config.state_dtype
@@ -376,14 +385,16 @@ def optimizer(
 
 
 @functools.cache
-def go_on(config: Config, memory: Memory, lora: bool) -> Callable[..., Learner]:
+def go_on(
+    config: Config, memory: Memory, lora: bool, rate: float = 1.0
+) -> Callable[..., Learner]:
     """The pieces of a run that goes on from ``start``, one for each run."""
     net = network(config, config.lora_rank if lora else 0)
 
     def make(
         strength: jax.Array, damping: jax.Array, start: Carry, base: Any = None
     ) -> Learner:
-        tx = optimizer(config, memory, strength, damping)
+        tx = optimizer(config, memory, strength, damping, rate)
         return bind(config, net.logits(base), tx, lambda _: start)
 
     return make
@@ -526,7 +537,7 @@ def make_study(config: Config, contents: Mapping[str, bytes]) -> Study:
         return {"start": jax.device_get(start)} | ({"base": base} if base else {})
 
     for name, family in families(config).items():
-        make = go_on(config, family.memory, family.lora)
+        make = go_on(config, family.memory, family.lora, family.rate)
         at = [config.steps] if family.strengths else stops(config.steps, config)
         which = (0, 1) if family.mixed else (1,)
         start = functools.lru_cache(maxsize=2)(functools.partial(given, family))
@@ -781,7 +792,7 @@ def at_equal_loss(
     of a family's curve where it took as much, by linear interpolation between
     neighbouring points, on the half to choose on; reported is the other half. All
     curves begin at the pretrained network, and those of a strength end with
-    fine-tuning, which is c = 0.
+    fine-tuning at their learning rate, which is c = 0.
 
     Returns:
       By family, bits a byte ``(seeds, fractions)``; NaN where it learns less.
@@ -791,12 +802,12 @@ def at_equal_loss(
         before = np.asarray(runs[PRETRAINING][half])[:, -1:]
         after = np.asarray(runs["fine-tuning"][half])[:, -1:]
         for name, family in families(config).items():
-            points = curve(name, family, runs, half)
-            ends = [after] if family.strengths and not family.lora else []
-            n = min(map(len, (points, before, after)))
-            whole[name, half] = np.concatenate(
-                [x[:n] for x in (before, points, *ends)], axis=1
-            )
+            path = [before, curve(name, family, runs, half)]
+            end = "fine-tuning" if family.rate == 1 else f"slow c={family.rate:g}"
+            if family.strengths and not family.lora and end in runs:
+                path.append(np.asarray(runs[end][half])[:, -1:])
+            n = min(map(len, (*path, after)))
+            whole[name, half] = np.concatenate([x[:n] for x in path], axis=1)
     found = {}
     for name in families(config):
         choice, test = whole[name, "choice"], whole[name, "test"]

@@ -194,6 +194,28 @@ def test_interpolation_at_equal_loss():
     assert lines[1].split()[:4] == ["early", "stopping", "1.000", "±"]
 
 
+def test_a_slow_curve_ends_where_it_is_not_held():
+    runs = curves()
+    runs["slow c=0.1"] = {half: [[(1.5, 2.5)]] * 2 for half in ("test", "choice")}
+    runs["slow si c=0.1"] = {half: [[(1.25, 3.0)]] * 2 for half in ("test", "choice")}
+    small = Config(**TOY | {"methods": ("slow si",), "si_strengths": (0.1,)})
+    found = finetune.at_equal_loss(small, runs, (0.5, 0.75, 1.0))
+    np.testing.assert_allclose(found["slow si"], [[0.25, 0.5, np.nan]] * 2)
+    del runs["slow c=0.1"]
+    found = finetune.at_equal_loss(small, runs, (0.5, 0.75))
+    np.testing.assert_allclose(found["slow si"], [[0.25, np.nan]] * 2)
+
+
+def test_si_at_a_smaller_learning_rate():
+    slow, grads = finetune.families(Config())["slow si"], jnp.ones(3)
+    steps = []
+    for rate in (1.0, slow.rate):
+        tx = finetune.optimizer(Config(), slow.memory, 1.0, 0.1, rate)
+        with jax.numpy_dtype_promotion("standard"):  # optax's Adam promotes
+            steps.append(tx.update(grads, tx.init(grads), grads)[0])
+    np.testing.assert_allclose(steps[1], 0.1 * steps[0], rtol=1e-5)
+
+
 def test_the_best_is_chosen_on_the_half_that_is_there_for_it():
     runs = curves()
     assert finetune.choose(Config(**TOY), runs) == {
