@@ -411,7 +411,10 @@ def frontier(
         figure = Figure(figsize=(6.2, 4.4), layout="constrained")
         axes = figure.subplots()
         styles = itertools.product(("-", "--"), "os^Dvp*X")
-        for (name, values), (line, marker) in zip(curves.items(), styles, strict=False):
+        colours = itertools.cycle([*COLOURS, "navy", "black"])
+        for (name, values), (line, marker), colour in zip(
+            curves.items(), styles, colours, strict=False
+        ):
             x, y = np.moveaxis(np.asarray(values), -1, 0)
             axes.errorbar(
                 x.mean(0),
@@ -419,6 +422,7 @@ def frontier(
                 _standard_error(y),
                 _standard_error(x),
                 label=name,
+                color=colour,
                 marker=marker,
                 linestyle=line,
                 markersize=3.5,
