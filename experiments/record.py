@@ -417,8 +417,12 @@ def aligned(rows: Sequence[Sequence[str]]) -> str:
 def readable(content: dict[str, Any]) -> str:
     """Indented JSON, with a line for each row of numbers instead of each number."""
     text = json.dumps(content, indent=1)
-    rows = r"\[\s*([^\[\]{}]*?)\s*\]"
-    return re.sub(rows, lambda row: f"[{' '.join(row[1].split())}]", text) + "\n"
+    words, row = r'"(?:[^"\\]|\\.)*"', r'\[\s*([^\[\]{}"]*?)\s*\]'
+
+    def shorter(found: re.Match[str]) -> str:
+        return found[0] if found[1] is None else f"[{' '.join(found[1].split())}]"
+
+    return re.sub(f"{words}|{row}", shorter, text) + "\n"
 
 
 def _jsonable(value: Any) -> Any:

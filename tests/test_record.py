@@ -233,3 +233,9 @@ def test_methods_do_not_share_their_checkpoints(tmp_path):
 def test_tables_are_aligned_where_characters_combine():
     rows = [["", "x"], ["θ̃", "1"], ["ab", "22"]]
     assert aligned(rows) == "     x\nθ̃    1\nab  22"
+
+
+def test_words_keep_their_blanks(tmp_path):
+    written = {"prompt": ["def f(x):\n    return [x,  1]", "a   b"]}
+    Record("e", Config(out=tmp_path)).note("samples", written)
+    assert Record("e", Config(out=tmp_path)).content["samples"] == written
