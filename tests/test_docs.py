@@ -16,6 +16,7 @@ from experiments import (
     benchmark,
     benchmark_sweep,
     command,
+    finetune,
     importance,
     permuted_mnist,
     scenarios,
@@ -366,6 +367,51 @@ def test_in_every_record_si_solves_task_but_not_class_incremental(name):
         assert added[method] < least + 0.1 < added["joint"] - 0.5
     assert task["si"] > task["joint"] - 0.02
     assert domain["fine-tuning"] + 0.1 < domain["si"] < domain["joint"] - 0.05
+
+
+def test_fine_tuning_is_the_record():
+    text, shown = (ROOT / "docs/experiments.md").read_text(), record("finetune")
+    config, runs = command.parse(finetune.Config, "finetune", []), shown["runs"]
+    ((name, layers),) = shown["held"].items()
+    minutes = sum(run["seconds"] for run in runs.values()) / 60
+    for made in (
+        finetune.equal_table(config, runs),
+        finetune.best_table(config, runs),
+        f"What {name} holds, after the code.",
+        finetune.held_table(layers),
+        finetune.cost_table(shown["cost"]),
+        f"{minutes:.0f} minutes on two cores",
+    ):
+        assert made in text
+    samples = text.split("There are two types of")[1].split("```")[1].strip()
+    for line in samples.splitlines():
+        method, written = re.split("  +", line, maxsplit=1)
+        assert " ".join(shown["samples"][method][0].split()).startswith(written)
+
+    grew = finetune.at_equal_loss(config, runs, (0.5, 0.75, 0.9))
+    half, much, most = np.transpose([grew[k].mean(0) for k in grew])
+    half, much, most = (dict(zip(grew, x, strict=True)) for x in (half, much, most))
+    penalties = ("l2", "ewc", "mas", "si", "si fisher")
+    for at in (much, most):
+        assert at["slow"] + 0.1 < min(at[k] for k in penalties)
+    assert abs(half["slow"] - min(half[k] for k in penalties)) < 0.01
+    for at in (half, much, most):
+        for method in ("slow si", "slow si fisher"):
+            assert at[method] < at["slow"] - 0.03
+    assert half["fine-tuning"] > most["fine-tuning"] > 0.75
+    assert max(much["si"], much["mas"]) - min(much["si"], much["mas"]) < 0.03
+    assert much["si"] < much["l2"] - 0.1
+    assert most["ewc"] < most["si"] - 0.05
+    assert much["lora si"] < much["si"] < much["lora"]
+
+    third = {
+        name: np.array(runs[finetune.third(arm)]["test"])[:, -1].mean(0)
+        for name, (arm, _) in finetune.choose(config, runs).items()
+    }
+    mean = {name: losses.mean() for name, losses in third.items()}
+    assert sorted(mean, key=mean.get)[:3] == ["mixed", "slow si fisher", "slow si"]
+    assert third["slow"][:2].min() > 2.8
+    assert third["si fisher"][2] > third["si"][2] + 1.5
 
 
 def test_every_deviation_has_a_test_that_exists():
