@@ -475,18 +475,29 @@ def tested(runs: dict[str, Any]) -> Iterator[tuple[tuple[int, str], Any]]:
             yield (int(batch), of.split(" c=")[0]), run
 
 
-def share(omega: dict[str, Sequence[float]]) -> np.ndarray:
-    """The part of Σω that is bias, ``(networks,)``."""
-    return 1 - np.asarray(omega["unbiased"]) / np.asarray(omega["sum"])
+def shares(omega: dict[str, Sequence[float]]) -> dict[str, np.ndarray]:
+    """The parts of Σω that are bias, by noise and by long steps, ``(networks,)`` each.
+
+    Along a step the gradient changes: that at its start, SI's, tells too much, and that
+    at its end, the unbiased one's, as much too little where the loss is quadratic.
+    Their mean would be what the loss fell, but for noise.
+    """
+    total, unbiased, drop = (
+        np.asarray(omega[k]) for k in ("sum", "unbiased", "loss drop")
+    )
+    return {
+        "noise": (total + unbiased - 2 * drop) / total,
+        "long steps": 2 * (drop - unbiased) / total,
+    }
 
 
 def bias_table(runs: dict[str, Any]) -> str:
-    """A row a batch size: Σω, without its bias, what the loss fell, the bias' share."""
-    rows = [["batch size", "Σω", "unbiased", "loss drop", "share of the bias"]]
+    """A row a batch size: Σω, without its bias, the loss drop, the bias' shares."""
+    rows = [["batch size", "Σω", "unbiased", "loss drop", "is noise", "is long steps"]]
     for batch_size, found in measured(runs).items():
         omega = found["ω"]
         sums = [cell(omega[k]) for k in ("sum", "unbiased", "loss drop")]
-        rows.append([str(batch_size), *sums, cell(share(omega))])
+        rows.append([str(batch_size), *sums, *map(cell, shares(omega).values())])
     return aligned(rows)
 
 
@@ -564,8 +575,12 @@ def accuracy_figure(runs: dict[str, Any], name: str) -> Figure:
     for (size, of), run in tested(runs):
         after = np.asarray(metrics.average_accuracy(run["test"]))
         accuracy.setdefault(TITLES[of], {})[size] = after
+    of_size = {size: shares(found["ω"]) for size, found in measured(runs).items()}
     return theory_figures.by_batch_size(
-        {size: share(found["ω"]) for size, found in measured(runs).items()},
+        {
+            name: {size: found[name] for size, found in of_size.items()}
+            for name in ("noise", "long steps")
+        },
         accuracy,
         suptitle=name,
     )

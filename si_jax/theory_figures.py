@@ -252,7 +252,7 @@ def pairs(
 
 
 def by_batch_size(
-    bias: Mapping[int, ArrayLike],
+    bias: Mapping[str, Mapping[int, ArrayLike]],
     accuracy: Mapping[str, Mapping[int, ArrayLike]],
     *,
     suptitle: str | None = None,
@@ -260,7 +260,7 @@ def by_batch_size(
     """The bias of ω, and the accuracy with several importances, by batch size.
 
     Args:
-      bias: for each batch size the share of Σω, ``(networks,)``.
+      bias: for each source and batch size the share of Σω, ``(networks,)``.
       accuracy: for each importance and batch size ``(seeds,)``.
       suptitle: a line over the figure.
 
@@ -278,7 +278,9 @@ def by_batch_size(
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(7.0, 3.2), layout="constrained")
         left, right = figure.subplots(1, 2)
-        draw(left, bias, color="k", marker="o")
+        for (name, found), marker in zip(bias.items(), "os", strict=True):
+            draw(left, found, label=name, color="k", marker=marker, mfc="w")
+        left.legend(frameon=False)
         left.axhline(0, color="0.6", linewidth=1, zorder=0)
         left.set_ylabel("share of the bias in Σω")
         for (name, found), (marker, colour) in zip(
@@ -288,9 +290,10 @@ def by_batch_size(
         ):
             draw(right, found, label=name, marker=marker, color=colour)
         right.set_ylabel("test accuracy after all tasks")
+        sizes = sorted(set().union(*bias.values()))
         for panel in (left, right):
             panel.set_xscale("log", base=2)
-            panel.set_xticks(sorted(bias), [str(size) for size in sorted(bias)])
+            panel.set_xticks(sizes, [str(size) for size in sizes])
             panel.minorticks_off()
             panel.set_xlabel("batch size")
         right.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))

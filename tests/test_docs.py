@@ -398,6 +398,14 @@ def test_fine_tuning_is_the_record():
     for at in (half, much, most):
         for method in ("slow si", "slow si fisher"):
             assert at[method] < at["slow"] - 0.03
+    quick = command.CONFIGS / "finetune_quick.toml"
+    quick = command.parse(finetune.Config, "finetune", ["--config", str(quick)])
+    small = finetune.at_equal_loss(quick, record("finetune_quick")["runs"], (0.5,))
+    small = {name: f"{values.mean():.3f}" for name, values in small.items()}
+    assert f"level with SI ({small['slow']} and {small['si']}, n = 2)" in text
+    least, *_, last = sorted(small[k] for k in ("ewc", "si fisher", "slow si fisher"))
+    assert f"at either rate ({least} to {last})" in text
+
     assert half["fine-tuning"] > most["fine-tuning"] > 0.75
     assert max(much["si"], much["mas"]) - min(much["si"], much["mas"]) < 0.03
     assert much["si"] < much["l2"] - 0.1
@@ -470,8 +478,13 @@ def test_why_si_works_is_the_record():
         why.accuracy_table(runs),
     ):
         assert made in text
-    shares = [why.share(x["ω"]).mean() for x in why.measured(runs).values()]
-    assert shares[0] > 0.5 > shares[1] > shares[2]
+    noise, steps = (
+        np.array([why.shares(x["ω"])[k].mean() for x in why.measured(runs).values()])
+        for k in ("noise", "long steps")
+    )
+    assert noise[0] > 0.5 > noise[1] > noise[2]
+    assert noise[2] < 0.01 < 0.05 < steps[2]
+    assert f"where {noise[2] + steps[2]:.0%} of ω is bias".replace("%", " %") in text
     mean = {key: np.mean(average_accuracy(x["test"])) for key, x in why.tested(runs)}
     assert mean[8, "unbiased"] < min(mean[8, "si"], mean[8, "bias"]) - 0.04
     assert mean[8, "unbiased"] > mean[8, "fine-tuning"] + 0.05
@@ -503,3 +516,28 @@ def test_why_si_works_on_permuted_digits_is_the_record():
     rank = np.array([np.mean(layer["rank"], axis=0)[si] for layer in layers])
     assert rank[:, root].round(2).tolist() == [0.86, 0.76, 0.76]
     assert (rank[:, absolute].round(2) >= 0.97).all()
+
+
+def test_why_si_works_in_the_network_of_figure_4_is_the_record():
+    text = (ROOT / "docs/why.md").read_text()
+    measured = why.measured(record("why_permuted")["runs"])
+    assert why.bias_table(record("why_permuted")["runs"]) in text
+    assert why.correlation_table(record("why_permuted")["runs"], "si") in text
+    for found in measured.values():
+        assert max(found["ω"]["unbiased"]) < 0 < 2 < min(found["ω"]["loss drop"])
+    few, many = (why.shares(measured[size]["ω"]) for size in (256, 2048))
+    assert few["noise"].min() > 0.5 > 0.2 > many["noise"].max()
+    assert many["long steps"].min() > 0.8
+    names = ("si", "root fisher", "mas", "absolute", "bias")
+    si, root, mas, absolute, bias = map(why.CORRELATED.index, names)
+    rank = np.array(
+        [
+            np.mean(layer["rank"], axis=0)[si]
+            for found in measured.values()
+            for layer in found["layers"].values()
+        ]
+    )
+    assert (rank[:, absolute] > 0.89).all()
+    assert (rank[:, bias] > 0.75).all()
+    assert f"at {rank[:, root].min():.2f} to {rank[:, root].max():.2f}" in text
+    assert (rank[:, mas] > rank[:, root]).sum() == 5

@@ -160,7 +160,9 @@ def test_importances_are_measured_chosen_and_learned_with(folder, tmp_path, caps
     np.testing.assert_allclose(ranks[:, i, j], 1, atol=1e-6)
     omega = measures["ω"]
     np.testing.assert_allclose(
-        why.share(omega), 1 - np.divide(omega["unbiased"], omega["sum"])
+        sum(why.shares(omega).values()),
+        1 - np.divide(omega["unbiased"], omega["sum"]),
+        rtol=1e-5,
     )
     found = dict(why.tested(runs))
     assert set(found) == {(16, "fine-tuning"), (16, "si")}
@@ -189,9 +191,37 @@ def test_the_permuted_network_is_only_measured_if_asked_to_learn_with_none(
     assert min(runs["batch 16: measures"]["layers"]["layer 1"]["alive"]) > 0
 
 
+def test_bias_by_noise_and_by_long_steps_are_told_apart():
+    rng, rate, hessian = np.random.default_rng(0), 0.3, np.array([1.0, 4.0])
+    theta = np.ones((1000, 2))  # runs
+    noise = rng.normal(size=(101, *theta.shape))
+    total = unbiased = paid = np.zeros(len(theta))
+    loss = [0.5 * (hessian * theta**2).sum(-1)]
+    gradient = hessian * theta + noise[0]
+    for following in noise[1:]:
+        step = -rate * gradient
+        paid = paid + rate * (gradient - hessian * theta) ** 2 @ np.ones(2)
+        theta = theta + step
+        total = total - (gradient * step).sum(-1)
+        gradient = hessian * theta + following
+        unbiased = unbiased - (gradient * step).sum(-1)
+        loss.append(0.5 * (hessian * theta**2).sum(-1))
+    # Over the runs, as the noise that is met at the steps' ends has mean 0.
+    omega = {"sum": total, "unbiased": unbiased, "loss drop": loss[0] - loss[-1]}
+    found = why.shares({name: [np.mean(x)] for name, x in omega.items()})
+    np.testing.assert_allclose(
+        found["noise"], np.mean(paid) / np.mean(total), rtol=0.01
+    )
+    assert found["long steps"] > 0.1
+    np.testing.assert_allclose(
+        sum(found.values()), 1 - np.mean(unbiased) / np.mean(total), rtol=1e-6
+    )
+
+
 def test_the_figure_has_the_bias_and_the_accuracies():
     figure = theory_figures.by_batch_size(
-        {32: [0.5, 0.7], 256: [0.1, 0.1]}, {"SI": {32: [0.9], 256: [0.8, 0.6]}}
+        {"noise": {32: [0.5, 0.7], 256: [0.1, 0.1]}, "long steps": {32: [0.0]}},
+        {"SI": {32: [0.9], 256: [0.8, 0.6]}},
     )
     left, right = figure.axes
     np.testing.assert_allclose(left.lines[0].get_ydata(), [0.6, 0.1], rtol=1e-6)
