@@ -146,7 +146,7 @@ def parse(config_class: type[Config], name: str, arguments: list[str]) -> Config
         entries = tomllib.loads(path.read_bytes().decode())
     except OSError as error:
         raise UserError(
-            f"cannot read the configuration {path}: {error.strerror}."
+            f"cannot read the configuration {path}: {error.strerror or error}."
         ) from error
     except ValueError as error:
         raise UserError(f"the configuration {path} is not TOML: {error}") from error

@@ -879,17 +879,13 @@ def best_table(config: Config, runs: Mapping[str, Any]) -> str:
         return found
 
     rows.append(row("pretrained", np.asarray(runs[PRETRAINING]["test"])[:, -1], None))
-    for name, (arm, stage) in choose(config, runs).items():
-        at = f", stopped at {stops(config.steps, config)[stage]} steps"
-        title = arm if families(config)[name].strengths else arm + at
-        last = runs.get(third(arm))
-        rows.append(
-            row(
-                title,
-                np.asarray(runs[arm]["test"])[:, stage],
-                None if last is None else np.asarray(last["test"])[:, -1],
-            )
-        )
+    for arm, stage in choose(config, runs).values():
+        found, last = np.asarray(runs[arm]["test"]), runs.get(third(arm))
+        if stage < found.shape[1] - 1:  # what goes on is what all steps led to
+            at = stops(config.steps, config)[stage]
+            rows.append(row(f"{arm}, stopped at {at} steps", found[:, stage], None))
+        after = None if last is None else np.asarray(last["test"])[:, -1]
+        rows.append(row(arm, found[:, -1], after))
     return aligned(rows)
 
 
@@ -959,7 +955,7 @@ def report(study: Study) -> None:
         print(
             "\nHow much the loss on the old text grew where a method has learned as "
             "much of the new one,\nas a part of what fine-tuning learns; – where it "
-            "learns less"
+            "is not reached"
         )
         print(equal_table(config, runs))
     for name, layers in record.content.get("held", {}).items():

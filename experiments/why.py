@@ -8,6 +8,7 @@ each part and each relative is correlated with the others, and takes Ω's place.
 import dataclasses
 import functools
 import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
@@ -322,7 +323,7 @@ def measure(
       importances' means over parameters and networks; ``layers``: by layer, what
       :func:`correlate` finds, ``(networks, …)``.
     """
-    seeds = np.arange(config.networks)
+    begin, seeds = time.perf_counter(), np.arange(config.networks)
     pieces = driver.compile_pieces(make, problem, len(seeds), config.max_parallel)
 
     def runs(name: str) -> Any:
@@ -358,6 +359,7 @@ def measure(
         layers[f"layer {i + 1}"] = {k: [x[k] for x in each] for k in each[0]}
     return {
         "points": {"seed": seeds},
+        "seconds": time.perf_counter() - begin,
         "ω": {
             "sum": total(synaptic.synapses.path_integral),
             "unbiased": total(watched.path_integral),
@@ -478,9 +480,13 @@ def tested(runs: dict[str, Any]) -> Iterator[tuple[tuple[int, str], Any]]:
 def shares(omega: dict[str, Sequence[float]]) -> dict[str, np.ndarray]:
     """The parts of Σω that are bias, by noise and by long steps, ``(networks,)`` each.
 
-    Along a step the gradient changes: that at its start, SI's, tells too much, and that
-    at its end, the unbiased one's, as much too little where the loss is quadratic.
-    Their mean would be what the loss fell, but for noise.
+    Along a step the gradient changes: that at its start, SI's, overestimates the loss
+    drop, and that at its end, the unbiased one's, underestimates it, where the loss is
+    quadratic by as much. Their mean would be the loss drop, but for noise.
+
+    What is noise is at least this, and what is long steps at most. An epoch draws
+    without replacement, so that the next minibatch's noise opposes a little that of the
+    step, which makes the unbiased sum too low.
     """
     total, unbiased, drop = (
         np.asarray(omega[k]) for k in ("sum", "unbiased", "loss drop")
@@ -493,7 +499,8 @@ def shares(omega: dict[str, Sequence[float]]) -> dict[str, np.ndarray]:
 
 def bias_table(runs: dict[str, Any]) -> str:
     """A row a batch size: Σω, without its bias, the loss drop, the bias' shares."""
-    rows = [["batch size", "Σω", "unbiased", "loss drop", "is noise", "is long steps"]]
+    rows = [["batch size", "Σω", "unbiased", "loss drop"]]
+    rows[0] += ["noise / Σω ≥", "long steps / Σω ≤"]
     for batch_size, found in measured(runs).items():
         omega = found["ω"]
         sums = [cell(omega[k]) for k in ("sum", "unbiased", "loss drop")]

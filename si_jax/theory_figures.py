@@ -278,7 +278,7 @@ def by_batch_size(
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(7.0, 3.2), layout="constrained")
         left, right = figure.subplots(1, 2)
-        for (name, found), marker in zip(bias.items(), "os", strict=True):
+        for (name, found), marker in zip(bias.items(), itertools.cycle("os^D")):
             draw(left, found, label=name, color="k", marker=marker, mfc="w")
         left.legend(frameon=False)
         left.axhline(0, color="0.6", linewidth=1, zorder=0)

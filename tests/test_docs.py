@@ -394,7 +394,12 @@ def test_fine_tuning_is_the_record():
     penalties = ("l2", "ewc", "mas", "si", "si fisher")
     for at in (much, most):
         assert at["slow"] + 0.1 < min(at[k] for k in penalties)
-    assert abs(half["slow"] - min(half[k] for k in penalties)) < 0.01
+    for method in ("ewc", "mas", "si", "si fisher"):
+        assert abs(half["slow"] - half[method]) < 0.01
+    start = np.mean(runs["pretraining"]["test"], axis=0)[-1, 0]
+    steps = np.mean(runs["fine-tuning"]["test"], axis=0)[:, 0] - start
+    assert finetune.stops(config.steps, config)[0] == 8
+    assert 0.9 < steps[0] / steps[-1] < 1
     for at in (half, much, most):
         for method in ("slow si", "slow si fisher"):
             assert at[method] < at["slow"] - 0.03
@@ -402,23 +407,32 @@ def test_fine_tuning_is_the_record():
     quick = command.parse(finetune.Config, "finetune", ["--config", str(quick)])
     small = finetune.at_equal_loss(quick, record("finetune_quick")["runs"], (0.5,))
     small = {name: f"{values.mean():.3f}" for name, values in small.items()}
-    assert f"level with SI ({small['slow']} and {small['si']}, n = 2)" in text
-    least, *_, last = sorted(small[k] for k in ("ewc", "si fisher", "slow si fisher"))
-    assert f"at either rate ({least} to {last})" in text
+    assert f"(at 50%, {small['slow']} and {small['si']})" in text
+    both = (
+        f"({small['slow si']}, with the Fisher information {small['slow si fisher']})"
+    )
+    assert both in text
 
     assert half["fine-tuning"] > most["fine-tuning"] > 0.75
     assert max(much["si"], much["mas"]) - min(much["si"], much["mas"]) < 0.03
     assert much["si"] < much["l2"] - 0.1
     assert most["ewc"] < most["si"] - 0.05
     assert much["lora si"] < much["si"] < much["lora"]
+    assert half["si"] < half["lora si"] < half["lora"]
+    assert np.isnan([most["lora"], most["lora si"]]).all()
 
     third = {
         name: np.array(runs[finetune.third(arm)]["test"])[:, -1].mean(0)
         for name, (arm, _) in finetune.choose(config, runs).items()
     }
     mean = {name: losses.mean() for name, losses in third.items()}
-    assert sorted(mean, key=mean.get)[:3] == ["mixed", "slow si fisher", "slow si"]
-    assert third["slow"][:2].min() > 2.8
+    order = ["mixed", "slow si fisher", "slow si", "mas"]
+    assert sorted(mean, key=mean.get)[:4] == order
+    assert mean["mas"] < mean["slow si fisher"] + 0.06
+    known = np.mean(runs["slow c=0.1"]["test"], axis=0)[-1]
+    unknown = np.mean(runs["pretraining"]["test"], axis=0)[-1]
+    assert third["slow"][0] > known[0] + 1
+    assert third["slow"][1] > (known[1] + unknown[1]) / 2
     assert third["si fisher"][2] > third["si"][2] + 1.5
 
 
@@ -483,7 +497,7 @@ def test_why_si_works_is_the_record():
         for k in ("noise", "long steps")
     )
     assert noise[0] > 0.5 > noise[1] > noise[2]
-    assert noise[2] < 0.01 < 0.05 < steps[2]
+    assert (np.diff(noise + steps) < 0).all()
     assert f"where {noise[2] + steps[2]:.0%} of ω is bias".replace("%", " %") in text
     mean = {key: np.mean(average_accuracy(x["test"])) for key, x in why.tested(runs)}
     assert mean[8, "unbiased"] < min(mean[8, "si"], mean[8, "bias"]) - 0.04
@@ -525,9 +539,11 @@ def test_why_si_works_in_the_network_of_figure_4_is_the_record():
     assert why.correlation_table(record("why_permuted")["runs"], "si") in text
     for found in measured.values():
         assert max(found["ω"]["unbiased"]) < 0 < 2 < min(found["ω"]["loss drop"])
-    few, many = (why.shares(measured[size]["ω"]) for size in (256, 2048))
-    assert few["noise"].min() > 0.5 > 0.2 > many["noise"].max()
-    assert many["long steps"].min() > 0.8
+    few, many = (measured[size]["ω"] for size in (256, 2048))
+    assert why.shares(few)["noise"].min() > 0.5
+    for omega, times in ((few, 10), (many, 2.5)):
+        drops = np.divide(omega["sum"], omega["loss drop"])
+        np.testing.assert_allclose(drops.mean(), times, rtol=0.04)
     names = ("si", "root fisher", "mas", "absolute", "bias")
     si, root, mas, absolute, bias = map(why.CORRELATED.index, names)
     rank = np.array(
@@ -538,6 +554,6 @@ def test_why_si_works_in_the_network_of_figure_4_is_the_record():
         ]
     )
     assert (rank[:, absolute] > 0.89).all()
-    assert (rank[:, bias] > 0.75).all()
+    assert (rank[:3, bias] > 0.85).all()
     assert f"at {rank[:, root].min():.2f} to {rank[:, root].max():.2f}" in text
     assert (rank[:, mas] > rank[:, root]).sum() == 5

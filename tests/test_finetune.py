@@ -206,14 +206,29 @@ def test_a_slow_curve_ends_where_it_is_not_held():
     np.testing.assert_allclose(found["slow si"], [[0.25, np.nan]] * 2)
 
 
-def test_si_at_a_smaller_learning_rate():
-    slow, grads = finetune.families(Config())["slow si"], jnp.ones(3)
-    steps = []
-    for rate in (1.0, slow.rate):
-        tx = finetune.optimizer(Config(), slow.memory, 1.0, 0.1, rate)
-        with jax.numpy_dtype_promotion("standard"):  # optax's Adam promotes
-            steps.append(tx.update(grads, tx.init(grads), grads)[0])
-    np.testing.assert_allclose(steps[1], 0.1 * steps[0], rtol=1e-5)
+def test_si_at_a_smaller_learning_rate(monkeypatch):
+    small, slow = Config(**TOY), finetune.families(Config())["slow si"]
+    net = finetune.Network(
+        None, lambda table, text: table[text.astype(jnp.int32)], False
+    )
+    monkeypatch.setattr(finetune, "network", lambda *_: net)
+    problem = finetune.make_problem([bytes(range(250)) * 2, b"z" * 700], small)
+    stage = jax.tree.map(lambda x: x[0], finetune.on(small, (1,), (4,))(problem).stages)
+    moved = []
+    with (
+        jax.numpy_dtype_promotion("standard"),  # optax's Adam promotes
+        jax.numpy_rank_promotion("allow"),
+    ):
+        for rate in (1.0, slow.rate):
+            params = jnp.zeros((256, 256))
+            tx = finetune.optimizer(small, slow.memory, 0.0, 0.1, rate)
+            start = finetune.Carry(params, tx.init(params))
+            make = finetune.go_on(small, slow.memory, False, rate)
+            learner = make(jnp.float32(1), jnp.float32(0.1), start)
+            end, _ = learner.epoch(start, problem.train, stage, jax.random.key(0))
+            moved.append(end.params)
+    np.testing.assert_allclose(moved[1], 0.1 * moved[0], atol=1e-6)
+    assert np.abs(moved[1]).max() > 5e-5
 
 
 def test_the_best_is_chosen_on_the_half_that_is_there_for_it():
