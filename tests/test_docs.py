@@ -26,7 +26,7 @@ from experiments import (
     why,
 )
 from experiments.record import table
-from si_jax.metrics import average_accuracy
+from si_jax.metrics import average_accuracy, standard_error
 
 ROOT = Path(__file__).parent.parent
 PAGES = [
@@ -508,6 +508,44 @@ def test_why_si_works_is_the_record():
         assert (
             mean[size, "si"] > max(x for (n, _), x in mean.items() if n == size) - 0.003
         )
+
+
+def test_why_si_works_on_all_of_mnist_is_the_record():
+    text, runs = (ROOT / "docs/why.md").read_text(), record("why")["runs"]
+    assert why.bias_table(runs) in text
+    assert why.accuracy_table(runs) in text
+    mean = {key: np.mean(average_accuracy(x["test"])) for key, x in why.tested(runs)}
+    assert mean[256, "unbiased"] < mean[256, "si"] - 0.02
+    for other in ("bias", "l2"):
+        assert abs(mean[256, other] - mean[256, "si"]) < 0.003
+    assert why.shares(why.measured(runs)[2048]["ω"])["noise"].max() < 0.01
+    si, unbiased = (
+        average_accuracy(dict(why.tested(runs))[2048, name]["test"])
+        for name in ("si", "unbiased")
+    )
+    spread = np.hypot(standard_error(si), standard_error(unbiased))
+    assert 0 < np.mean(si) - np.mean(unbiased) < 2 * spread
+    lost = {
+        name: mean[256, name] - mean[2048, name] for size, name in mean if size == 256
+    }
+    assert f"by {lost['si']:.3f}" in text
+    assert min(lost["l2"], lost["mas"]) > lost["si"] > 0.01
+    for other in ("root fisher", "fisher", "absolute", "squared"):
+        assert lost[other] < 0.01
+    for other in ("root fisher", "fisher", "squared"):
+        assert abs(mean[2048, other] - mean[2048, "si"] - 0.016) < 0.001
+    si, root, *gradients = map(
+        why.CORRELATED.index, ("si", "root fisher", "absolute", "squared")
+    )
+    rank = np.array(
+        [
+            np.mean(layer["rank"], axis=0)[si]
+            for found in why.measured(runs).values()
+            for layer in found["layers"].values()
+        ]
+    )
+    assert rank[:, gradients].min().round(2) >= 0.88
+    assert [rank[:, root].min().round(2), rank[:, root].max().round(2)] == [0.31, 0.75]
 
 
 def test_why_si_works_on_permuted_digits_is_the_record():
