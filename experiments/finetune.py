@@ -373,10 +373,11 @@ def optimizer(
     damping: jax.typing.ArrayLike,
     rate: float = 1.0,
 ) -> optax.GradientTransformation:
-    """Adam with a memory of a strength; without one, it is a factor of the rate."""
+    """Adam with a memory of a strength, which without one multiplies the rate."""
+    rate = config.learning_rate * rate
     if not memory:
-        return optax.adam(config.learning_rate * strength)
-    adam = optax.adam(config.learning_rate * rate)
+        return optax.adam(rate * strength)
+    adam = optax.adam(rate)
     if memory == "si":
         return si_jax.with_synaptic_intelligence(
             adam, strength, damping, state_dtype=config.state_dtype
@@ -792,7 +793,7 @@ def at_equal_loss(
     of a family's curve where it took as much, by linear interpolation between
     neighbouring points, on the half to choose on; reported is the other half. All
     curves begin at the pretrained network, and those of a strength end with
-    fine-tuning at their learning rate, which is c = 0.
+    fine-tuning at their learning rate, which is c = 0, if that was run.
 
     Returns:
       By family, bits a byte ``(seeds, fractions)``; NaN where it learns less.
