@@ -318,10 +318,10 @@ def measure(
     """The networks' importances after the first task.
 
     Returns:
-      ``ω``: sums of ω, of the unbiased one, and the loss drop, ``(networks,)`` each,
-      without the task's last step, whose next gradient is not there; ``scale``: the
-      importances' means over parameters and networks; ``layers``: by layer, what
-      :func:`correlate` finds, ``(networks, …)``.
+      ``seconds``; ``ω``: sums of ω, of the unbiased one, and the loss drop,
+      ``(networks,)`` each, without the task's last step, whose next gradient is not
+      there; ``scale``: the importances' means over parameters and networks;
+      ``layers``: by layer, what :func:`correlate` finds, ``(networks, …)``.
     """
     begin, seeds = time.perf_counter(), np.arange(config.networks)
     pieces = driver.compile_pieces(make, problem, len(seeds), config.max_parallel)
