@@ -365,6 +365,9 @@ def test_in_every_record_si_solves_task_but_not_class_incremental(name):
     for method in ("l2", "si", "ewc", "mas"):
         least = added["fine-tuning"]
         assert added[method] < least + 0.1 < added["joint"] - 0.5
+    if name == "scenarios_quick":
+        for method in ("si", "mas"):
+            assert round(added[method] - added["fine-tuning"], 2) == 0.06
     assert task["si"] > task["joint"] - 0.02
     assert domain["fine-tuning"] + 0.1 < domain["si"] < domain["joint"] - 0.05
 
@@ -510,6 +513,13 @@ def test_why_si_works_is_the_record():
         )
 
 
+def ranks_with_si(measures):
+    """Rank correlations of SI's Ω with all: ``(batch sizes × layers, names)``."""
+    layers = [layer for found in measures for layer in found["layers"].values()]
+    si = why.CORRELATED.index("si")
+    return np.array([np.mean(layer["rank"], axis=0)[si] for layer in layers])
+
+
 def test_why_si_works_on_all_of_mnist_is_the_record():
     text, runs = (ROOT / "docs/why.md").read_text(), record("why")["runs"]
     assert why.bias_table(runs) in text
@@ -519,6 +529,15 @@ def test_why_si_works_on_all_of_mnist_is_the_record():
     for other in ("bias", "l2"):
         assert abs(mean[256, other] - mean[256, "si"]) < 0.003
     assert why.shares(why.measured(runs)[2048]["ω"])["noise"].max() < 0.01
+    minutes = sum(run.get("seconds", 0) for run in runs.values()) / 60
+    assert f"{minutes:.0f} minutes of training" in text
+    grids = [
+        np.reshape(average_accuracy(run["test"]), (-1, len(why.Config().pulls)))
+        for name, run in runs.items()
+        if name.startswith("batch 2048") and name.endswith("grid")
+    ]
+    smallest = [scenarios.choose(accuracy) == 0 for accuracy in grids]
+    assert np.mean(smallest) > 0.5
     si, unbiased = (
         average_accuracy(dict(why.tested(runs))[2048, name]["test"])
         for name in ("si", "unbiased")
@@ -534,16 +553,9 @@ def test_why_si_works_on_all_of_mnist_is_the_record():
         assert lost[other] < 0.01
     for other in ("root fisher", "fisher", "squared"):
         assert abs(mean[2048, other] - mean[2048, "si"] - 0.016) < 0.001
-    si, root, *gradients = map(
-        why.CORRELATED.index, ("si", "root fisher", "absolute", "squared")
-    )
-    rank = np.array(
-        [
-            np.mean(layer["rank"], axis=0)[si]
-            for found in why.measured(runs).values()
-            for layer in found["layers"].values()
-        ]
-    )
+    names = ("root fisher", "absolute", "squared")
+    root, *gradients = map(why.CORRELATED.index, names)
+    rank = ranks_with_si(why.measured(runs).values())
     assert rank[:, gradients].min().round(2) >= 0.88
     assert [rank[:, root].min().round(2), rank[:, root].max().round(2)] == [0.31, 0.75]
 
@@ -563,9 +575,8 @@ def test_why_si_works_on_permuted_digits_is_the_record():
     for size in (32, 256):
         for other in ("fisher", "mas", "squared"):
             assert 0 < mean[size, other] - mean[size, "si"] < 0.006
-    layers = why.measured(runs)[32]["layers"].values()
-    si, root, absolute = map(why.CORRELATED.index, ("si", "root fisher", "absolute"))
-    rank = np.array([np.mean(layer["rank"], axis=0)[si] for layer in layers])
+    root, absolute = map(why.CORRELATED.index, ("root fisher", "absolute"))
+    rank = ranks_with_si([why.measured(runs)[32]])
     assert rank[:, root].round(2).tolist() == [0.86, 0.76, 0.76]
     assert (rank[:, absolute].round(2) >= 0.97).all()
 
@@ -582,15 +593,9 @@ def test_why_si_works_in_the_network_of_figure_4_is_the_record():
     for omega, times in ((few, 10), (many, 2.5)):
         drops = np.divide(omega["sum"], omega["loss drop"])
         np.testing.assert_allclose(drops.mean(), times, rtol=0.04)
-    names = ("si", "root fisher", "mas", "absolute", "bias")
-    si, root, mas, absolute, bias = map(why.CORRELATED.index, names)
-    rank = np.array(
-        [
-            np.mean(layer["rank"], axis=0)[si]
-            for found in measured.values()
-            for layer in found["layers"].values()
-        ]
-    )
+    names = ("root fisher", "mas", "absolute", "bias")
+    root, mas, absolute, bias = map(why.CORRELATED.index, names)
+    rank = ranks_with_si(measured.values())
     assert (rank[:, absolute] > 0.89).all()
     assert (rank[:3, bias] > 0.85).all()
     assert f"at {rank[:, root].min():.2f} to {rank[:, root].max():.2f}" in text
