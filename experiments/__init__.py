@@ -1,4 +1,4 @@
-"""The paper's experiments: ``python -m experiments.NAME --help``."""
+"""The paper's experiments: ``python -m experiments`` lists them."""
 
 import importlib.util
 import sys

@@ -464,9 +464,9 @@ def report(config: Config, record: Record) -> None:
 
 
 def measured(runs: dict[str, Any]) -> dict[int, Any]:
-    """What was measured, by batch size."""
+    """What was measured, by batch size, from the smallest."""
     names = [x for x in runs if x.endswith(": measures")]
-    return {int(x.split()[1].removesuffix(":")): runs[x] for x in names}
+    return dict(sorted((int(x.split()[1].removesuffix(":")), runs[x]) for x in names))
 
 
 def tested(runs: dict[str, Any]) -> Iterator[tuple[tuple[int, str], Any]]:
@@ -585,8 +585,8 @@ def accuracy_figure(runs: dict[str, Any], name: str) -> Figure:
     of_size = {size: shares(found["ω"]) for size, found in measured(runs).items()}
     return theory_figures.by_batch_size(
         {
-            name: {size: found[name] for size, found in of_size.items()}
-            for name in ("noise", "long steps")
+            f"{name}, {bound}": {size: found[name] for size, found in of_size.items()}
+            for name, bound in (("noise", "at least"), ("long steps", "at most"))
         },
         accuracy,
         suptitle=name,

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import runpy
 import sys
 
 import numpy as np
@@ -88,6 +89,20 @@ def test_help_names_the_file_and_every_option(capsys):
     assert "--config FILE" in text
     for field in dataclasses.fields(Config):
         assert f"--{field.name.replace('_', '-')}" in text
+
+
+def test_the_experiments_are_listed(capsys):
+    runpy.run_module("experiments", run_name="__main__")
+    first, _, *lines = capsys.readouterr().out.splitlines()
+    assert "python -m experiments.NAME --help" in first
+    listed = dict(line.split(maxsplit=1) for line in lines)
+    folder = CONFIGS.parent / "experiments"
+    assert set(listed) == {
+        path.stem
+        for path in folder.glob("*.py")
+        if "    command.main(" in path.read_text("utf-8")
+    }
+    assert listed["split_mnist"] == "Split MNIST, the paper's Fig. 3"
 
 
 @pytest.mark.parametrize(

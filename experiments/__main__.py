@@ -1,0 +1,22 @@
+"""List the experiments: ``python -m experiments``."""
+
+import ast
+from pathlib import Path
+
+from experiments.command import CONFIGS
+
+
+def titles() -> dict[str, str]:
+    """What each experiment is, by name: the first words of its module."""
+    found = {}
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        if (CONFIGS / f"{path.stem}.toml").exists():
+            words = ast.get_docstring(ast.parse(path.read_text("utf-8"))) or ""
+            found[path.stem] = words.partition(" ``")[0].removesuffix(":")
+    return found
+
+
+if __name__ == "__main__":
+    print("python -m experiments.NAME --help says what each takes:\n")
+    for name, title in titles().items():
+        print(f"  {name:<16} {title}")
