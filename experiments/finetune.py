@@ -587,7 +587,12 @@ def arms(name: str, family: Family) -> dict[str, float]:
     """A family's methods and their strengths."""
     if not family.strengths:
         return {name: 1.0}
-    return {f"{name} c={c:g}": c for c in family.strengths}
+    return {of_strength(name, c): c for c in family.strengths}
+
+
+def of_strength(name: str, strength: float) -> str:
+    """The name of a family's method."""
+    return f"{name} c={strength:g}"
 
 
 def third(arm: str) -> str:
@@ -804,7 +809,8 @@ def at_equal_loss(
         after = np.asarray(runs["fine-tuning"][half])[:, -1:]
         for name, family in families(config).items():
             path = [before, curve(name, family, runs, half)]
-            end = "fine-tuning" if family.rate == 1 else f"slow c={family.rate:g}"
+            unheld = of_strength("slow", family.rate)
+            end = "fine-tuning" if family.rate == 1 else unheld
             if family.strengths and not family.lora and end in runs:
                 path.append(np.asarray(runs[end][half])[:, -1:])
             n = min(map(len, (*path, after)))
