@@ -73,10 +73,15 @@ def main(config_class: type[Config], name: str, run: Callable[[Config], None]) -
         _join(config)
         _keep_compiled()
         run(config)
+        sys.stdout.flush()
     except (UserError, DataError) as error:
         _end(f"error: {error}")
     except KeyboardInterrupt:
         _end("interrupted; the same command goes on from the last checkpoint")
+    except BrokenPipeError:
+        # Or Python would say so itself when it flushes at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _end("stopped: nobody reads the output; the same command goes on from there")
     except ConnectionError as error:
         _end(
             f"error: another process is gone ({error}).\nStart all of them again with "

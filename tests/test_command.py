@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import runpy
 import sys
 
@@ -122,6 +123,18 @@ def test_main_turns_mistakes_into_messages(failure, message, monkeypatch):
     with pytest.raises(SystemExit) as end:
         command.main(Config, "split_mnist", run)
     assert str(end.value.code).startswith(message)
+
+
+def test_an_output_that_nobody_reads_is_no_lost_process(monkeypatch):
+    reader, writer = os.pipe()
+    os.close(reader)
+    monkeypatch.setattr(sys, "argv", ["split_mnist"])
+    monkeypatch.setattr(command.jax.config, "update", lambda *_: None)
+    with open(writer, "w") as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        with pytest.raises(SystemExit, match="nobody reads the output"):
+            command.main(Config, "split_mnist", lambda _: print("a table"))
+        print("flushed into nothing")
 
 
 @pytest.mark.parametrize(
