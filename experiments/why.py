@@ -51,8 +51,8 @@ Name = Literal[
     "hessian",
 ]
 TITLES: dict[str, str] = {
-    "fine-tuning": "none",
-    "l2": "1",
+    "fine-tuning": "none (c = 0)",
+    "l2": "1 (L2)",
     "si": "SI",
     "unbiased": "SI, unbiased",
     "bias": "SI, bias alone",
