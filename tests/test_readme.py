@@ -36,15 +36,15 @@ def row(*cells):
 
 def ours(title, name, si):
     """A record's row of the table: SI, without, joint or from scratch, n."""
-    found = averages(name)
-    others = (
-        f"{cell(found[k])} ({k})" for k in ("joint", "from scratch") if k in found
-    )
-    seeds = sorted({count(run) for run in record(name)["runs"].values()})
+    found, runs = averages(name), record(name)["runs"]
+    others = [method for method in ("joint", "from scratch") if method in found]
+    shown = (si, "fine-tuning", *others)
+    seeds = sorted({count(runs[method]) for method in shown})
     return row(
         title,
-        *(cell(found[method]) for method in (si, "fine-tuning")),
-        ", ".join(others),
+        cell(found[si]),
+        cell(found["fine-tuning"]),
+        ", ".join(f"{cell(found[method])} ({method})" for method in others),
         "–".join(map(str, seeds)),
     )
 
