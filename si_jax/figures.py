@@ -1,11 +1,12 @@
 """The paper's figures. Each function returns a Matplotlib figure of its data."""
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import matplotlib
 import numpy as np
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from numpy.typing import ArrayLike
@@ -23,6 +24,32 @@ STYLE: dict[Any, Any] = {
     "savefig.dpi": 200,
 }
 COLOURS = [f"C{i}" for i in range(10)]  # of Matplotlib's cycle
+METHODS = (  # in the order of their colours
+    "si",
+    "fine-tuning",
+    "ewc",
+    "sgd",
+    "sgd+dropout",
+    "mas",
+    "l2",
+    "from scratch",
+    "online ewc",
+)
+
+
+def _colours(names: Iterable[str]) -> dict[str, Any]:
+    """Of methods, the same in every figure of accuracy; strengths are shades of it."""
+    strengths: dict[str, list[str]] = {}
+    for name in names:
+        strengths.setdefault(name.split(" c=")[0], []).append(name)
+    known = dict(zip(METHODS, COLOURS, strict=False))
+    rest = itertools.cycle(x for x in COLOURS if x not in map(known.get, strengths))
+    found = {}
+    for method, of in strengths.items():
+        colour = np.asarray(to_rgb(known.get(method) or next(rest)))
+        for i, name in enumerate(of):
+            found[name] = tuple(colour + (1 - colour) * 0.7 * i / len(of))
+    return found
 
 
 def _standard_error(curve: np.ndarray) -> np.ndarray:
@@ -122,6 +149,7 @@ def accuracy_by_task(
         panels = figure.subplots(1, count + 1, sharex=True, sharey=True)
         after = np.arange(1, count + 1)
         lowest = chance
+        colours = _colours(matrices)
         for (name, values), marker in zip(
             matrices.items(), itertools.cycle("os^Dv"), strict=False
         ):
@@ -136,6 +164,7 @@ def accuracy_by_task(
                     curve.mean(0),
                     error,
                     label=name,
+                    color=colours[name],
                     marker=marker,
                     markersize=3,
                     capsize=2,
@@ -189,7 +218,7 @@ def final_accuracy(
       4
     """
     with matplotlib.rc_context(STYLE):
-        size = (1.1 * len(titles) + 1.2, 2.1 * len(bars) + 0.6)
+        size = (max(1.1 * len(titles) + 1.2, 5.2), 2.1 * len(bars) + 0.6)
         figure = Figure(figsize=size, layout="constrained")
         panels = figure.subplots(
             len(bars), 1, sharex=True, sharey=True, squeeze=False
@@ -197,6 +226,7 @@ def final_accuracy(
         authors: list[tuple[np.ndarray, Sequence[float]]] = []
         for panel, (label, methods) in zip(panels, bars.items(), strict=True):
             width = 0.8 / len(methods)
+            colours = _colours(methods)
             for i, (method, values) in enumerate(methods.items()):
                 accuracy = np.asarray(values)
                 places = np.arange(len(titles)) + (i - (len(methods) - 1) / 2) * width
@@ -206,6 +236,7 @@ def final_accuracy(
                     places,
                     accuracy.mean(0),
                     width,
+                    color=colours[method],
                     yerr=accuracy.std(0, ddof=1) if len(accuracy) > 1 else None,
                     capsize=2,
                     error_kw={"linewidth": 0.8},
@@ -223,7 +254,7 @@ def final_accuracy(
         figure.legend(
             *panels[0].get_legend_handles_labels(),
             loc="outside lower center",
-            ncols=min(len(panels[0].containers) + 1 + bool(authors), 4),
+            ncols=int(size[0] / 1.25),  # inches of an entry
             frameon=False,
         )
     return figure
@@ -263,6 +294,7 @@ def average_accuracy(
         figure = Figure(figsize=(4.4, 5.2), layout="constrained")
         zoom, whole = figure.subplots(2, 1, sharex=True, height_ratios=(2, 3))
         tasks = 1
+        colours = _colours(curves)
         for (name, values), marker in zip(
             curves.items(), itertools.cycle("os^Dv"), strict=False
         ):
@@ -271,14 +303,19 @@ def average_accuracy(
             after = np.arange(1, curve.shape[1] + 1)
             mean, error = curve.mean(0), _standard_error(curve)
             for panel in (zoom, whole):
-                (line,) = panel.plot(
-                    after, mean, label=name, marker=marker, markersize=3
+                panel.plot(
+                    after,
+                    mean,
+                    label=name,
+                    color=colours[name],
+                    marker=marker,
+                    markersize=3,
                 )
                 panel.fill_between(
                     after,
                     mean - error,
                     mean + error,
-                    color=line.get_color(),
+                    color=colours[name],
                     alpha=0.2,
                     linewidth=0,
                 )
@@ -288,7 +325,7 @@ def average_accuracy(
                         np.arange(1, len(theirs) + 1),
                         theirs,
                         "x",
-                        color=line.get_color(),
+                        color=colours[name],
                     )
         if set(published or {}) & set(curves):
             whole.plot([], [], "kx", label="authors' data")
@@ -344,7 +381,8 @@ def scenarios(
       ['task', 'class']
     """
     names = list(dict.fromkeys(name for methods in panels.values() for name in methods))
-    style = dict(zip(names, zip(itertools.cycle("os^DvPX"), COLOURS), strict=False))
+    markers = dict(zip(names, itertools.cycle("os^DvPX"), strict=False))
+    colours = _colours(names)
     with matplotlib.rc_context(STYLE):
         size = (2.3 * len(panels) + 0.3, 2.9)
         figure = Figure(figsize=size, layout="constrained")
@@ -352,7 +390,7 @@ def scenarios(
         lines = {}
         for panel, (title, methods) in zip(axes[0], panels.items(), strict=True):
             for name, values in methods.items():
-                matrix, (marker, colour) = np.asarray(values), style[name]
+                matrix, colour = np.asarray(values), colours[name]
                 if matrix.shape[1] == 1 < matrix.shape[2]:
                     level = matrix.mean()
                     lines[name] = panel.axhline(level, color="0.4", linestyle="--")
@@ -361,7 +399,7 @@ def scenarios(
                 after = np.arange(1, curve.shape[1] + 1)
                 mean, error = curve.mean(0), _standard_error(curve)
                 (lines[name],) = panel.plot(
-                    after, mean, color=colour, marker=marker, markersize=3
+                    after, mean, color=colour, marker=markers[name], markersize=3
                 )
                 band = (mean - error, mean + error)
                 panel.fill_between(after, *band, color=colour, alpha=0.2, linewidth=0)

@@ -26,3 +26,24 @@ def test_ratios_have_a_bar_and_its_number_each():
     assert [t.get_text() for t in net.texts] == ["1.00", "1.25"]
     assert [t.get_text() for t in net.get_yticklabels()] == ["adam", "wrapper"]
     assert update.get_xlabel() == "time"
+
+
+def test_a_methods_colour_is_the_same_in_every_figure_of_accuracy():
+    matrix, bars = np.full((1, 2, 2), 0.9), np.full((1, 2), 0.9)
+
+    def lines(*names):
+        figure = figures.average_accuracy(dict.fromkeys(names, bars))
+        return {line.get_label(): line.get_color() for line in figure.axes[1].lines}
+
+    two = lines("fine-tuning", "si c=1")
+    three = lines("si c=0.1", "si c=1", "fine-tuning", "mine")
+    assert three["fine-tuning"] == two["fine-tuning"]
+    assert three["si c=0.1"] == two["si c=1"], "the first strength"
+    assert len(set(three.values())) == 4, "a shade a strength, and another's own"
+
+    fig_3 = figures.accuracy_by_task({"fine-tuning": matrix}, ["1", "2"], chance=0.5)
+    assert fig_3.axes[0].containers[0].lines[0].get_color() == two["fine-tuning"]
+    fig_6 = figures.final_accuracy({"": {"fine-tuning": bars}}, ["1", "2"], chance=0.5)
+    assert fig_6.axes[0].patches[0].get_facecolor()[:3] == two["fine-tuning"]
+    scenarios = figures.scenarios({"": {"fine-tuning": matrix}})
+    assert scenarios.axes[0].lines[0].get_color() == two["fine-tuning"]
