@@ -101,7 +101,10 @@ def test_shipped_configuration_is_the_default():
     assert parsed == permuted_mnist.Config()
 
 
-@pytest.mark.parametrize("name", ["permuted_mnist_quick", "permuted_mnist_choice"])
+@pytest.mark.parametrize(
+    "name",
+    ["permuted_mnist_quick", "permuted_mnist_choice", "permuted_mnist_choice_quick"],
+)
 def test_shipped_configurations_parse(name):
     path = str(command.CONFIGS / f"{name}.toml")
     config = command.parse(permuted_mnist.Config, "permuted_mnist", ["--config", path])
