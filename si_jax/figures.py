@@ -218,7 +218,7 @@ def final_accuracy(
       4
     """
     with matplotlib.rc_context(STYLE):
-        size = (max(1.1 * len(titles) + 1.2, 5.2), 2.1 * len(bars) + 0.6)
+        size = (max(1.1 * len(titles) + 1.2, 5.5), 2.1 * len(bars) + 0.6)
         figure = Figure(figsize=size, layout="constrained")
         panels = figure.subplots(
             len(bars), 1, sharex=True, sharey=True, squeeze=False

@@ -1,4 +1,5 @@
 import numpy as np
+import pytest
 
 from si_jax import figures
 
@@ -47,3 +48,20 @@ def test_a_methods_colour_is_the_same_in_every_figure_of_accuracy():
     assert fig_6.axes[0].patches[0].get_facecolor()[:3] == two["fine-tuning"]
     scenarios = figures.scenarios({"": {"fine-tuning": matrix}})
     assert scenarios.axes[0].lines[0].get_color() == two["fine-tuning"]
+
+
+@pytest.mark.parametrize("tasks", [2, 6])
+def test_figure_6_has_room_for_its_title_and_legend(tasks):
+    methods = ("si c=0.01", "si c=0.1", "fine-tuning", "from scratch")
+    figure = figures.final_accuracy(
+        {"Validation accuracy": dict.fromkeys(methods, np.full((3, tasks), 0.5))},
+        ["CIFAR-100\n0–9"] * tasks,
+        chance=0.2,
+        published={"fine-tuning": [0.5] * tasks},
+        suptitle="Split CIFAR-10 after all tasks, the authors' reset of Adam, "
+        "mean ± SD, n = 3",
+    )
+    figure.draw_without_rendering()
+    for drawn in (*figure.texts, *figure.legends):
+        extent = drawn.get_window_extent()
+        assert figure.bbox.x0 <= extent.x0 < extent.x1 <= figure.bbox.x1
