@@ -86,7 +86,7 @@ class Config(command.Options):
     """Of each task, for EWC's Fisher information."""
     strengths: tuple[float, ...] = (0.1,)
     """c of eq. 4, a method each."""
-    ewc_strengths: tuple[float, ...] = (10_000.0,)
+    ewc_strengths: tuple[float, ...] = (1e6,)
     """EWC's c = λ/2, a method each."""
     sgd_learning_rate: float = 0.1
     """Of plain SGD."""

@@ -15,7 +15,7 @@ from si_jax import figures
 METHODS = {
     "si c=0.1",
     "fine-tuning",
-    "ewc c=10000",
+    "ewc c=1e+06",
     "single",
     "joint",
     "sgd",
