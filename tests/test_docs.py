@@ -222,6 +222,9 @@ def test_split_cifar_is_the_records():
     assert ("Ours with SI is within a SEM of theirs" in text) == (
         abs(si["kept"] - 0.735) < sem
     )
+    stronger = kept["summary"]["si c=0.1"]["test"]["average_accuracy"]["mean"]
+    assert f"they have {np.mean(theirs['si c=0.1']):.3f} and our" in text
+    assert f"our one seed {stronger:.3f}." in text
     ours, plain = (
         split_cifar.final(kept["runs"][method], method, "test").mean(0)
         for method in ("si c=0.01", "fine-tuning")
