@@ -232,6 +232,12 @@ def test_split_cifar_is_the_records():
     first, *_, last = stronger.mean(0) - ours.mean(0)
     assert last < 0 < first, "kept, not learned"
     assert (ours.mean(0) > plain.mean(0))[:-1].all(), "no old task lost by it"
+    scratch = kept["summary"]["from scratch"]["test"]["average_accuracy"]
+    assert scratch["n"] == 1
+    assert (
+        f"have {scratch['mean']:.3f}\nin our one seed and "
+        f"{np.mean(theirs['from scratch']):.3f} in theirs" in text
+    )
 
 
 def test_the_benchmark_shows_what_the_documentation_says():
