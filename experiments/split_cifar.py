@@ -213,28 +213,32 @@ def table(
     titles: list[str],
     published: Mapping[str, Sequence[float]] | None = None,
 ) -> str:
-    """A row a task and their mean; a column a method, and what it gains on scratch.
+    """A row a task and their mean, a column a method.
 
-    The authors' data, ``(tasks,)`` of a method, beside.
+    Below, likewise: what each gains on networks from scratch, and the authors' data,
+    ``(tasks,)`` of a method.
     """
-    columns = [["", *(title.replace("\n", " ") for title in titles), "mean"]]
+    rows = [*(title.replace("\n", " ") for title in titles), "mean"]
+
+    def block(name: str, columns: Mapping[str, Sequence[str]]) -> list[list[str]]:
+        return [
+            [name, *columns],
+            *(list(row) for row in zip(rows, *columns.values(), strict=True)),
+        ]
+
     values = {method: final(run, method, split) for method, run in runs.items()}
-    for method, accuracy in values.items():
-        columns.append([method, *map(cell, accuracy.T), cell(accuracy.mean(1))])
-    if "from scratch" in values:
-        scratch = values["from scratch"].mean(0)
-        for method, accuracy in values.items():
-            if method != "from scratch":
-                gain = accuracy.mean(0) - scratch
-                cells = [f"{x:+.3f}" for x in (*gain, gain.mean())]
-                columns.append([f"{method} − scratch", *cells])
-    for method, accuracies in (published or {}).items():
-        if method in runs:
-            cells = [f"{x:.3f}" for x in (*accuracies, np.mean(accuracies))]
-            columns.append([f"authors' {method}", *cells])
-    gains = [""] * (len(columns) - 1 - len(runs))
-    counts = [[*row, *gains] for row in seeds_row(runs)]
-    return aligned([*zip(*columns, strict=True), *counts])
+    cells = {k: [*map(cell, x.T), cell(x.mean(1))] for k, x in values.items()}
+    blocks = [block("", cells) + seeds_row(runs)]
+    scratch = values.pop("from scratch", None)
+    if scratch is not None and values:
+        gains = {k: x.mean(0) - scratch.mean(0) for k, x in values.items()}
+        cells = {k: [f"{g:+.3f}" for g in (*x, x.mean())] for k, x in gains.items()}
+        blocks.append(block("− from scratch", cells))
+    theirs = {k: x for k, x in (published or {}).items() if k in runs}
+    if theirs:
+        cells = {k: [f"{a:.3f}" for a in (*x, np.mean(x))] for k, x in theirs.items()}
+        blocks.append(block("the authors'", cells))
+    return "\n\n".join(map(aligned, blocks))
 
 
 def figure(runs: dict[str, Any], config: Config) -> Figure:
