@@ -369,10 +369,10 @@ def seeds_row(runs: dict[str, Any]) -> list[list[str]]:
     return [["n", *counts]] if len(set(counts)) > 1 else []
 
 
-def cell(values: Any) -> str:
+def cell(values: Any, form: str = ".4f") -> str:
     """Mean ± SEM over the seeds."""
     values = np.asarray(values, np.float64)
-    mean = f"{values.mean():.4f}"
+    mean = f"{values.mean():{form}}"
     return (
         mean if len(values) == 1 else f"{mean} ± {metrics.standard_error(values):.4f}"
     )

@@ -114,7 +114,14 @@ def test_table_says_what_is_gained_on_a_net_from_scratch():
     assert accuracies[0].split() == ["si", "c=1", "from", "scratch"]
     assert [row[:7].strip() for row in accuracies[1:]] == ["one two", "three", "mean"]
     assert gains[0].split() == ["−", "from", "scratch", "si", "c=1"]
-    assert [row.split()[-1] for row in gains[1:]] == ["+0.000", "+0.200", "+0.100"]
+    assert [row[7:].strip() for row in gains[1:]] == [
+        "+0.0000 ± 0.1000",
+        "+0.2000 ± 0.0000",
+        "+0.1000 ± 0.0500",
+    ]
+    runs["from scratch"] = {"test": alone[:1]}
+    rows = split_cifar.table(runs, "test", ["one", "two"]).splitlines()
+    assert rows[-1].split() == ["mean", "+0.0500"], "of the seed that both have"
 
 
 def test_figure_6_has_bars_deviations_and_chance():
@@ -136,7 +143,12 @@ def test_figure_6_has_bars_deviations_and_chance():
 def test_the_authors_data_stand_beside_a_run_of_their_length():
     theirs = split_cifar.published(split_cifar.Config())
     means = {method: round(np.mean(x), 3) for method, x in theirs.items()}
-    assert means == {"si c=0.1": 0.72, "fine-tuning": 0.625, "from scratch": 0.711}
+    assert means == {
+        "si c=0.01": 0.735,
+        "si c=0.1": 0.72,
+        "fine-tuning": 0.625,
+        "from scratch": 0.711,
+    }
     for other in ({"epochs": 3}, {"examples": 9}, {"data": "cifar10"}):
         assert split_cifar.published(split_cifar.Config(**other)) == {}
     run = {"test": np.full((1, 6, 6), 0.5)}
