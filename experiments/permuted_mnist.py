@@ -290,9 +290,10 @@ def published(config: Config) -> dict[str, list[float]]:
 def table(
     runs: dict[str, Any], published: Mapping[str, Sequence[float]] | None = None
 ) -> str:
-    """A row a number of tasks learned, a column a method; the authors' data beside."""
+    """A row a number of tasks learned, a column a method; the authors' data below."""
     count = max(np.shape(run["test"])[2] for run in runs.values())
-    columns = [["tasks", *map(str, range(1, count + 1))]]
+    tasks = [str(task) for task in range(1, count + 1)]
+    columns = [["tasks", *tasks]]
     for method, run in runs.items():
         cells = [""] * count
         if method in ("joint", "single"):
@@ -302,11 +303,16 @@ def table(
         else:
             cells = [cell(values) for values in so_far({method: run})[method].T]
         columns.append([method, *cells])
-    theirs = {k: x for k, x in (published or {}).items() if k in runs}
-    for method, values in theirs.items():
-        columns.append([f"authors' {method}", *(f"{x:.4f}" for x in values)])
-    counts = [[*row, *([""] * len(theirs))] for row in seeds_row(runs)]
-    return aligned([*zip(*columns, strict=True), *counts])
+    ours = aligned([*zip(*columns, strict=True), *seeds_row(runs)])
+    columns = [
+        [method, *(f"{x:.4f}" for x in values)]
+        for method, values in (published or {}).items()
+        if method in runs
+    ]
+    if not columns:
+        return ours
+    theirs = aligned([*zip(["the authors'", *tasks], *columns, strict=True)])
+    return f"{ours}\n\n{theirs}"
 
 
 def correlation_table(

@@ -151,11 +151,14 @@ def test_the_authors_data_stand_beside_a_run_of_their_length():
     for other in ({"epochs": 3}, {"tasks": 5}, {"data": "mnist5k"}, {"held_out": 0.1}):
         assert permuted_mnist.published(permuted_mnist.Config(**other)) == {}
     run = {"test": np.full((1, 10, 10), 0.5)}
-    first, *_, last = permuted_mnist.table(
+    table = permuted_mnist.table(
         {"fine-tuning": run, "sgd": {"test": np.full((2, 10, 10), 0.5)}}, theirs
-    ).splitlines()
-    assert first.split() == ["tasks", "fine-tuning", "sgd", "authors'", "fine-tuning"]
-    assert last.split() == ["n", "1", "2"]
+    )
+    ours, authors = (x.splitlines() for x in table.split("\n\n"))
+    assert ours[0].split() == ["tasks", "fine-tuning", "sgd"]
+    assert ours[-1].split() == ["n", "1", "2"]
+    assert authors[0].split() == ["the", "authors'", "fine-tuning"]
+    assert authors[-1].split() == ["10", f"{theirs['fine-tuning'][-1]:.4f}"]
     curves = {"si c=0.1": np.full((2, 10), 0.9)}
     figure = figures.average_accuracy(curves, published=theirs)
     crosses = [line for line in figure.axes[1].lines if line.get_marker() == "x"]
