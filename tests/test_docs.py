@@ -195,8 +195,12 @@ def test_permuted_mnist_is_the_record():
     assert mean["joint"] >= 0.98
     assert mean["sgd"] < mean["sgd+dropout"] < mean["ewc c=10000"] < ours
     assert ours < mean["joint"]
-    ahead = mean["ewc c=1e+06"] - seeds.max()
-    assert f"ends {ahead:.3f} above the best of SI's three seeds and closest to" in text
+    ewc = average_accuracy(shown["runs"]["ewc c=1e+06"]["test"])
+    assert len(ewc) == len(seeds) == 3
+    assert (
+        f"ends above it, on average by {np.mean(ewc) - ours:.3f}, with each of its "
+        f"seeds by {ewc.min() - seeds.max():.3f} or more over the best of SI's" in text
+    )
     assert mean["ewc c=1e+06"] < mean["joint"]
 
 
@@ -366,11 +370,12 @@ def test_the_choice_of_c_is_the_records():
     behind = {c: found[0.1] - accuracy[0][f"ewc c={c:g}"] for c in (1e4, 1e5, 1e6)}
     assert behind[1e4] > 2 * np.ptp(seeds), "too little"
     assert abs(behind[1e5]) < np.ptp(seeds) / 2, "level with SI"
-    assert 0 < -behind[1e6] < np.ptp(seeds), "less than two seeds"
-    by = f"by {-behind[1e6]:.3f}, "
-    assert f"with 1,000,000 ahead {by}less than two seeds" in " ".join(text.split())
+    ahead = np.mean(average_accuracy(shown["runs"]["ewc c=1e+06"]["test"]) - seeds)
+    guide = " ".join(text.split())
+    assert f"with 1,000,000 ahead by {-behind[1e6]:.3f}, on the test set," in guide
+    assert f"each, by {ahead:.3f}. Choose" in guide
     page = " ".join((ROOT / "docs/experiments.md").read_text().split())
-    assert f"{by}of one seed, and two seeds of SI differ by more" in page
+    assert f"was ahead there, too, by {-behind[1e6]:.3f} of one seed;" in page
 
     for shown, name in ((full, ""), (quick, "_quick")):
         header = (ROOT / f"configs/permuted_mnist_choice{name}.toml").read_text()

@@ -91,6 +91,11 @@ def test_the_notes_are_the_records():
     on_training_set = averages("split_mnist_keep_count", "train")["si c=1"]
     assert f"read off Fig. 3, where ours is {cell(on_training_set)}." in README
 
+    permuted = averages("permuted_mnist")
+    ewc, si = (permuted[method] for method in ("ewc c=1e+06", "si c=0.1"))
+    assert f"EWC, its c chosen as SI's, ends higher, at {cell(ewc)}." in README
+    assert len(ewc) == len(si) == 3
+    assert ewc.min() > si.max()
     few = averages("split_mnist_mnist5k")
     sgd, si = (few[method].mean() for method in ("sgd", "si c=1"))
     assert f"above Adam with SI: it reaches {sgd:.3f}, SI {si:.3f}." in README
