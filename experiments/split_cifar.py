@@ -220,29 +220,26 @@ def table(
     """
     rows = [*(title.replace("\n", " ") for title in titles), "mean"]
 
-    def block(name: str, columns: Mapping[str, Sequence[str]]) -> list[list[str]]:
-        return [
-            [name, *columns],
-            *(list(row) for row in zip(rows, *columns.values(), strict=True)),
-        ]
+    def block(name: str, cells: Mapping[str, Sequence[str]]) -> list[tuple[str, ...]]:
+        columns = [[method, *column] for method, column in cells.items()]
+        return [*zip([name, *rows], *columns, strict=True)]
 
     values = {method: final(run, method, split) for method, run in runs.items()}
     cells = {k: [*map(cell, x.T), cell(x.mean(1))] for k, x in values.items()}
-    blocks = [block("", cells) + seeds_row(runs)]
+    blocks = [aligned([*block("", cells), *seeds_row(runs)])]
     scratch = values.pop("from scratch", None)
     if scratch is not None and values:
-        shared = {k: min(len(x), len(scratch)) for k, x in values.items()}
-        gains = {k: x[: shared[k]] - scratch[: shared[k]] for k, x in values.items()}
+        gains = {k: x[: len(scratch)] - scratch[: len(x)] for k, x in values.items()}
         cells = {
             k: [cell(gain, "+.4f") for gain in (*x.T, x.mean(1))]
             for k, x in gains.items()
         }
-        blocks.append(block("− from scratch", cells))
+        blocks.append(aligned(block("− from scratch", cells)))
     theirs = {k: x for k, x in (published or {}).items() if k in runs}
     if theirs:
         cells = {k: [f"{a:.3f}" for a in (*x, np.mean(x))] for k, x in theirs.items()}
-        blocks.append(block("the authors'", cells))
-    return "\n\n".join(map(aligned, blocks))
+        blocks.append(aligned(block("the authors'", cells)))
+    return "\n\n".join(blocks)
 
 
 def figure(runs: dict[str, Any], config: Config) -> Figure:
