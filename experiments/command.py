@@ -71,6 +71,7 @@ def main(config_class: type[Config], name: str, run: Callable[[Config], None]) -
         # On a CPU every core is a device, so that runs go side by side.
         jax.config.update("jax_num_cpu_devices", _cores())
         _join(config)
+        _in_float32()
         _keep_compiled()
         run(config)
         sys.stdout.flush()
@@ -105,6 +106,12 @@ def _join(options: Options) -> None:
             ) from error
     elif int(os.environ.get("SLURM_NTASKS", "1")) > 1:
         jax.distributed.initialize()
+
+
+def _in_float32() -> None:
+    """Let products of float32 be that; accelerators round their factors by default."""
+    if "JAX_DEFAULT_MATMUL_PRECISION" not in os.environ:
+        jax.config.update("jax_default_matmul_precision", "highest")
 
 
 def _keep_compiled() -> None:

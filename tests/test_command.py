@@ -159,6 +159,19 @@ def test_accelerators_keep_what_they_compile(backend, environment, kept, monkeyp
     assert folder == ("/cache/si_jax" if kept else None)
 
 
+@pytest.mark.parametrize("chosen", [None, "tensorfloat32"])
+def test_float32_is_multiplied_in_float32_unless_one_chooses(chosen, monkeypatch):
+    updates = {}
+    name = "JAX_DEFAULT_MATMUL_PRECISION"
+    monkeypatch.delenv(name, raising=False)
+    if chosen:
+        monkeypatch.setenv(name, chosen)
+    monkeypatch.setattr(sys, "argv", ["split_mnist"])
+    monkeypatch.setattr(command.jax.config, "update", updates.__setitem__)
+    command.main(Config, "split_mnist", lambda _: None)
+    assert updates.get(name.lower()) == (None if chosen else "highest")
+
+
 @pytest.mark.slow
 def test_the_command_from_start_to_finish(tmp_path):
     out = tmp_path / "out"
