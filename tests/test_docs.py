@@ -213,7 +213,8 @@ def test_split_cifar_is_the_records():
     theirs = split_cifar.published(split_cifar.Config())
     si, without = {}, {}
     fresh, kept = (record(f"split_cifar{reset}") for reset in ("", "_keep_count"))
-    assert kept["config"] == fresh["config"] | {"keep_count": True}
+    reset = {"keep_count": True, "micro_batch": 32}
+    assert kept["config"] == fresh["config"] | reset
     for name, shown in (("fresh", fresh), ("kept", kept)):
         assert shown["config"]["epochs"] == 60
         assert shown["config"]["examples"] == 0
@@ -229,10 +230,13 @@ def test_split_cifar_is_the_records():
     assert ("Ours with SI is within a SEM of theirs" in text) == (
         abs(si["kept"] - 0.735) < sem
     )
-    after = {
-        split: {k: split_cifar.final(x, k, split) for k, x in kept["runs"].items()}
-        for split in ("test", "train")
-    }
+    after, again = (
+        {
+            split: {k: split_cifar.final(x, k, split) for k, x in shown["runs"].items()}
+            for split in ("test", "train")
+        }
+        for shown in (kept, fresh)
+    )
     ours, stronger, plain, scratch = (
         after["test"][method]
         for method in ("si c=0.01", "si c=0.1", "fine-tuning", "from scratch")
@@ -250,16 +254,24 @@ def test_split_cifar_is_the_records():
         "fine-tuning": [0.007, 0.017, 0.022, 0.016, 0.010, 0.004],
         "from scratch": [0.004, 0.015, 0.015, 0.005, 0.008, 0.018],
     }
-    away = {
-        method: (accuracy.mean(0) - theirs[method])
-        / np.hypot(standard_error(accuracy), np.array(spread[method]) / np.sqrt(4))
-        for method, accuracy in after["test"].items()
-    }
+
+    def errors(method, accuracy):
+        """How many of the difference's standard errors it is from the authors' data."""
+        error = np.hypot(
+            standard_error(accuracy), np.array(spread[method]) / np.sqrt(4)
+        )
+        return (accuracy.mean(0) - theirs[method]) / error
+
+    away = {method: errors(method, x) for method, x in after["test"].items()}
     beyond = away.pop("from scratch")
     assert np.abs([*away.values()]).max() < 2
     assert list(np.flatnonzero(beyond > 3)) == [1, 3]
     ahead = scratch.mean() - np.mean(theirs["from scratch"])
     assert f"one for each task,\nare {ahead:.3f} above theirs" in text
+    repeated = again["test"]["from scratch"]
+    ahead = repeated.mean() - np.mean(theirs["from scratch"])
+    assert f"they are {ahead:.3f} above and on no task by three" in text
+    assert errors("from scratch", repeated).max() < 3
 
     weak, strong = ours - scratch, stronger - scratch
     gain, error = weak.mean(0), standard_error(weak)
@@ -270,6 +282,43 @@ def test_split_cifar_is_the_records():
     assert (strong.mean(0) < 2 * standard_error(strong)).all()
     behind = after["train"]["si c=0.01"] - after["train"]["from scratch"]
     assert (behind.mean(0) < 0).all()
+
+    gain = again["test"]["si c=0.01"] - repeated
+    mean = f"{gain.mean():.3f} ± {standard_error(gain.mean(1)):.3f}"
+    assert f"With c = 0.01 it gains {mean} on networks" in text
+    assert list(np.flatnonzero(gain.mean(0) < 0)) == [0]
+    plain = again["test"]["si c=0.01"] - again["test"]["fine-tuning"]
+    assert (plain.mean(0)[:3] > 0).all(), "keeps the older"
+    assert (plain.mean(0)[3:] < 0).all(), "pays with the newer"
+    took = max(run["seconds"] for run in fresh["runs"].values())
+    assert f"up to {took:.0f} s\na method on an H100" in text
+
+
+def test_split_cifar10_is_the_records():
+    text = (ROOT / "docs/experiments.md").read_text()
+    shown, choice = (record(f"split_cifar10{name}") for name in ("", "_choice"))
+    names = split_cifar.titles(split_cifar.Config(data="cifar10"))
+    runs = shown["runs"]
+    assert split_cifar.table(runs, "test", names) in text
+    assert {len(run["test"]) for run in runs.values()} == {10}
+    assert choice["config"] == shown["config"] | {"held_out": 0.2}
+    si, plain = (np.array(runs[k]["test"])[:, -1] for k in ("si c=0.1", "fine-tuning"))
+    assert si[:, 0].min() > plain[:, 0].max(), "keeps the first"
+    assert si[:, 1].max() < plain[:, 1].min(), "pays with the second"
+    took = max(run["seconds"] for run in runs.values())
+    assert f"up to\n{took:.0f} s a method on an H100" in text
+    found = {
+        method.removeprefix("si c=").replace("fine-tuning", "0"): x["test"]
+        for method, x in choice["summary"].items()
+    }
+    accuracy = {c: x["average_accuracy"] for c, x in found.items()}
+    for c, x in accuracy.items():
+        assert f"| {c} | {x['mean']:.3f} ± {x['sem']:.3f} |" in text
+    without, *others = sorted(x["mean"] for x in accuracy.values())
+    assert without == accuracy["0"]["mean"] < others[0] - 0.1, "far from 0"
+    assert max(accuracy, key=lambda c: accuracy[c]["mean"]) == "0.1"
+    apart = np.hypot(accuracy["0.1"]["sem"], accuracy["0.01"]["sem"])
+    assert others[-1] - others[0] < 2 * apart, "hardly from each other"
 
 
 def test_the_benchmark_shows_what_the_documentation_says():

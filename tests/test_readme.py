@@ -71,8 +71,9 @@ def test_the_notes_are_the_records():
     fresh, kept = {}, {}
     for name in ("split_mnist", "split_cifar"):
         fresh[name], kept[name] = averages(name), averages(f"{name}_keep_count")
-        config = record(name)["config"] | {"keep_count": True}
-        assert record(f"{name}_keep_count")["config"] == config
+        other = record(f"{name}_keep_count")["config"]
+        same = {k: v for k, v in other.items() if k == "micro_batch"}  # a CPU's alone
+        assert other == record(name)["config"] | {"keep_count": True} | same
 
     with_si, without = (
         cell(fresh["split_mnist"][method]) for method in ("si c=1", "fine-tuning")
@@ -83,8 +84,8 @@ def test_the_notes_are_the_records():
         si, plain = (found["split_cifar"][x] for x in ("si c=0.01", "fine-tuning"))
         leads[reset] = (si - plain).mean()
         if reset == "fresh":
-            assert len(si) == len(plain) == 1
-            shown = f"CIFAR, one seed, at {cell(si)} and {cell(plain)}: there most of"
+            assert len(si) == len(plain) == 3
+            shown = f"CIFAR at {cell(si)} and {cell(plain)}: there most of"
             assert shown in README
     assert leads["fresh"] < leads["kept"] / 2
 

@@ -185,6 +185,11 @@ def test_values_that_make_no_sense_are_refused(arguments, message, capsys):
 def test_shipped_configurations():
     parsed = command.parse(split_cifar.Config, "split_cifar", [])
     assert parsed == split_cifar.Config()
-    for name in ("split_cifar10", "split_cifar_choice", "split_cifar_quick"):
-        path = str(command.CONFIGS / f"{name}.toml")
-        command.parse(split_cifar.Config, "split_cifar", ["--config", path])
+    found = {}
+    for name in ("10", "10_choice", "_choice", "_quick"):
+        path = str(command.CONFIGS / f"split_cifar{name}.toml")
+        found[name] = command.parse(
+            split_cifar.Config, "split_cifar", ["--config", path]
+        )
+    choice = dataclasses.replace(found["10_choice"], held_out=0, seeds=1)
+    assert dataclasses.replace(choice, strengths=(0.1,)) == found["10"]
