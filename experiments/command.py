@@ -109,7 +109,7 @@ def _join(options: Options) -> None:
 
 
 def _in_float32() -> None:
-    """Let products of float32 be that; accelerators round their factors by default."""
+    """Multiply float32 in float32; accelerators round the factors by default."""
     if "JAX_DEFAULT_MATMUL_PRECISION" not in os.environ:
         jax.config.update("jax_default_matmul_precision", "highest")
 

@@ -301,13 +301,17 @@ def versions() -> dict[str, Any]:
         ).stdout.strip()
     )
     device = jax.devices()[0]
-    return {
+    found = {
         **{package: version(package) for package in PACKAGES},
         "python": platform.python_version(),
         "commit": commit or None,
         "device": f"{device.platform}: {device.device_kind}",
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
     }
+    if device.platform != "cpu":  # where it makes no difference
+        precision = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
+        found["matmul_precision"] = precision
+    return found
 
 
 def count(run: dict[str, Any]) -> int:

@@ -168,8 +168,13 @@ def test_float32_is_multiplied_in_float32_unless_one_chooses(chosen, monkeypatch
         monkeypatch.setenv(name, chosen)
     monkeypatch.setattr(sys, "argv", ["split_mnist"])
     monkeypatch.setattr(command.jax.config, "update", updates.__setitem__)
-    command.main(Config, "split_mnist", lambda _: None)
-    assert updates.get(name.lower()) == (None if chosen else "highest")
+    seen = []
+
+    def run(_):
+        seen.append(updates.get(name.lower()))
+
+    command.main(Config, "split_mnist", run)
+    assert seen == [None if chosen else "highest"]
 
 
 @pytest.mark.slow

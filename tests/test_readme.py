@@ -72,7 +72,7 @@ def test_the_notes_are_the_records():
     for name in ("split_mnist", "split_cifar"):
         fresh[name], kept[name] = averages(name), averages(f"{name}_keep_count")
         other = record(f"{name}_keep_count")["config"]
-        same = {k: v for k, v in other.items() if k == "micro_batch"}  # a CPU's alone
+        same = {k: v for k, v in other.items() if k == "micro_batch"}  # batches' cuts
         assert other == record(name)["config"] | {"keep_count": True} | same
 
     with_si, without = (

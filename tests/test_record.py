@@ -3,13 +3,15 @@ import json
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
 from experiments.command import Options, UserError
-from experiments.record import Record, aligned, over_seeds, summarize, table
+from experiments.record import Record, aligned, over_seeds, summarize, table, versions
 from si_jax import figures
 
 MATRIX = np.array([[[1.0, 0.5], [0.75, 1.0]], [[1.0, 0.5], [0.25, 1.0]]])
@@ -63,6 +65,17 @@ def test_a_setting_that_a_record_does_not_know_is_its_default(tmp_path):
     record = Record("e", Config(out=tmp_path))
     assert list(record.runs) == ["si"]
     assert record.content["config"] == {"epochs": 3, "strengths": [1.0]}
+
+
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+def test_an_accelerators_precision_is_kept(platform, monkeypatch):
+    device = types.SimpleNamespace(platform=platform, device_kind="one")
+    monkeypatch.setattr("experiments.record.jax.devices", lambda: [device])
+    with jax.default_matmul_precision("highest"):
+        found = versions()
+    assert found["device"] == f"{platform}: one"
+    expected = "highest" if platform == "gpu" else None
+    assert found.get("matmul_precision") == expected
 
 
 def test_a_method_finished_under_other_versions_says_so(tmp_path, monkeypatch):
