@@ -2,6 +2,7 @@
 
 import ast
 import contextlib
+import dataclasses
 import io
 import itertools
 import json
@@ -26,7 +27,7 @@ from experiments import (
     sweep,
     why,
 )
-from experiments.record import table
+from experiments.record import Record, table
 from si_jax.metrics import (
     average_accuracy,
     average_accuracy_so_far,
@@ -368,6 +369,38 @@ def test_split_cifar10_is_the_records():
     for one, other in itertools.combinations(set(ends) - {"fine-tuning"}, 2):
         apart = ends[one] - ends[other]
         assert abs(apart.mean()) < 2 * standard_error(apart), "not from each other"
+
+
+@pytest.mark.parametrize(
+    ("experiment", "name", "arguments"),
+    [
+        (permuted_mnist, "permuted_mnist", "--seeds 5 --ewc-strengths 1e4 1e6"),
+        (split_cifar, "split_cifar", "--seeds 3 --micro-batch 0"),
+        (split_cifar, "split_cifar_keep_count", "--seeds 3 --keep-count"),
+        (
+            split_cifar,
+            "split_cifar10",
+            "--config configs/split_cifar10.toml --seeds 10 --micro-batch 0",
+        ),
+        (
+            split_cifar,
+            "split_cifar10_choice",
+            "--config configs/split_cifar10_choice.toml --micro-batch 0",
+        ),
+    ],
+)
+def test_a_record_is_what_its_command_makes(
+    experiment, name, arguments, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(ROOT)
+    module = experiment.__name__.removeprefix("experiments.")
+    config = command.parse(experiment.Config, module, arguments.split())
+    config = dataclasses.replace(config, out=tmp_path)
+    (tmp_path / "results.json").write_text(json.dumps(record(name)))
+    kept = Record(module, config)
+    methods = experiment.methods(config)
+    assert set(methods) == set(kept.runs)
+    assert not any(kept.missing(method, config.seeds) for method in methods)
 
 
 def test_the_benchmark_shows_what_the_documentation_says():
