@@ -309,8 +309,8 @@ def versions() -> dict[str, Any]:
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
     }
     if device.platform != "cpu":  # a CPU multiplies in float32 anyway
-        precision = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
-        found["matmul_precision"] = precision
+        config: Any = jax.config  # not every version's types name the option
+        found["matmul_precision"] = config.jax_default_matmul_precision
     return found
 
 

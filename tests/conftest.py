@@ -1,22 +1,17 @@
 """Four CPU devices and strict numerics, set before any test or doctest runs.
 
-Most of a test's time is compilation: LLVM does without its optimizations and XLA
-without its new fusions, both of which ``XLA_FLAGS=`` brings back, and programs that
-took long to compile are kept beside pytest's own cache. Processes that tests start
-inherit all but the fusions.
+Most of a test's time is compilation: it does without most optimizations, which
+``JAX_DISABLE_MOST_OPTIMIZATIONS=0`` brings back, and programs that took long to compile
+are kept beside pytest's own cache. Processes that tests start inherit both.
 """
 
 import gc
 import os
 from pathlib import Path
 
-QUICK = (
-    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
-    "--xla_cpu_use_fusion_emitters=false"
-)
 CACHE = Path(__file__).parent.parent / ".pytest_cache" / "jax"
 
-os.environ.setdefault("XLA_FLAGS", QUICK)
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 

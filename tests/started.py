@@ -55,9 +55,6 @@ def run(*arguments, **more):
 
 
 def _run(arguments, said, end, cores):
-    # What is shared out another way equals bit for bit with the fusions of users.
-    flags = os.environ.get("XLA_FLAGS", "").split()
-    os.environ["XLA_FLAGS"] = " ".join(x for x in flags if "fusion_emitters" not in x)
     for number, path in enumerate(said, start=1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
     # A shell's background jobs ignore Ctrl-C, and their children after them.

@@ -89,8 +89,8 @@ def test_separable_tasks_are_learned():
 def test_an_epoch_is_one_pass_in_batches_the_last_one_smaller():
     """Against a plain loop over the same order; 70 examples by 24.
 
-    The padding points at row 0, whose class is masked: its loss is infinite. XLA's
-    simplifier, which would hide a product with 0, is off.
+    The padding points at row 0, whose class is masked: its loss is infinite. Without
+    jit nothing simplifies the product with 0 that would hide it.
     """
     train = Examples(TRAIN.images[1:], TRAIN.labels[1:])
     pieces = learner(MODEL, optax.sgd(0.5), (3, 3, 1), batch_size=24, boundary=[])
@@ -117,9 +117,8 @@ def test_an_epoch_is_one_pass_in_batches_the_last_one_smaller():
         value, grads = value_and_grad(params, rows)
         params = jax.tree.map(lambda p, g: p - 0.5 * g, params, grads)
         total += float(value) * len(rows)
-    literal = {"xla_disable_hlo_passes": "algsimp"}
-    epoch = jax.jit(pieces.epoch, compiler_options=literal)
-    after, report = epoch(carry, on_device(train), task, key)
+    with jax.disable_jit():
+        after, report = pieces.epoch(carry, on_device(train), task, key)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
         after.params,
@@ -234,10 +233,8 @@ def test_the_driver_equals_single_runs(max_parallel, tmp_path, single):
     np.testing.assert_allclose(result["initial"], single.initial)
 
 
-def test_a_grid_is_swept_in_one_program(monkeypatch):
-    """Bit for bit, with the fusions that users' programs have."""
-    fused = {"xla_cpu_use_fusion_emitters": True}
-    monkeypatch.setattr(jax, "jit", functools.partial(jax.jit, compiler_options=fused))
+def test_a_grid_is_swept_in_one_program():
+    """Bit for bit."""
 
     def point(key, examples, strength):
         pieces = plain(strength)
