@@ -124,9 +124,19 @@ def methods() -> dict[str, Method]:
         "wrapper, bfloat16 Ω and θ̃": Method(wrap(state_dtype="bfloat16"), 40),
         "link": link,
     }
-    if jax.default_backend() == "cpu":
+    if jax.default_backend() == "cpu" and compiles_with(REGION_ANALYSIS):
         found["link, region analysis"] = link._replace(options=REGION_ANALYSIS)
     return found
+
+
+def compiles_with(options: Mapping[str, Any]) -> bool:
+    """Whether this version of XLA knows the options; it refuses what it does not."""
+    program = jax.jit(lambda x: x).lower(jnp.zeros(()))
+    try:
+        program.compile(compiler_options=dict(options))
+    except jax.errors.JaxRuntimeError:
+        return False
+    return True
 
 
 class Program(NamedTuple):
@@ -187,8 +197,10 @@ def stepping(
     facts: dict[str, float] = {
         "compile_s": round(time.perf_counter() - start, 3),
         "state_bytes": sum(x.nbytes for x in jax.tree.leaves(state[1])),
-        "copies": copies(compiled.as_text(), params, in_loop=loop),
     }
+    text = compiled.as_text() or ""
+    if (copied := copies(text, params, in_loop=loop)) is not None:
+        facts["copies"] = copied
     cost = compiled.cost_analysis()
     if cost and "bytes accessed" in cost:  # not every backend says
         count = sum(x.size for x in jax.tree.leaves(params))
@@ -198,7 +210,9 @@ def stepping(
     return program._replace(facts={**facts, **program.facts})
 
 
-def copies(program: str, params: optax.Params, *, in_loop: bool = False) -> float:
+def copies(
+    program: str, params: optax.Params, *, in_loop: bool = False
+) -> float | None:
     """How often a compiled program copies the parameters, or arrays shaped like them.
 
     Args:
@@ -207,15 +221,18 @@ def copies(program: str, params: optax.Params, *, in_loop: bool = False) -> floa
       in_loop: leave out what is done once, before and after the program's loop.
 
     Returns:
-      Elements of the copies, by the number of parameters.
+      Elements of the copies, by the number of parameters; ``None`` of a text in which
+      no result has the parameters' shapes, which is not written as it is read here.
     """
     shapes = {x.shape for x in jax.tree.leaves(params)}
     computations = program.split("\n\n")
     if in_loop:
         computations = [x for x in computations if not x.startswith("ENTRY")]
-    found = re.findall(r"= \w+\[([\d,]*)\]\S* copy\(", "\n".join(computations))
-    copied = (tuple(map(int, x.split(","))) for x in found if x)
-    total = sum(math.prod(shape) for shape in copied if shape in shapes)
+    results = re.findall(r"= \w+\[([\d,]*)\]\S* (\w+)", "\n".join(computations))
+    named = [(tuple(map(int, x.split(","))), name) for x, name in results if x]
+    if shapes.isdisjoint(shape for shape, _ in named):
+        return None
+    total = sum(math.prod(x) for x, name in named if name == "copy" and x in shapes)
     return round(total / sum(x.size for x in jax.tree.leaves(params)), 2)
 
 
