@@ -249,7 +249,7 @@ def _from_tfds(name: str, folder: Path) -> tuple[Examples, Examples]:
     try:
         return _decode(builder, "train"), _decode(builder, "test")
     except ImportError as error:
-        raise DataError(_missing(str(error.name))) from error
+        raise DataError(_missing(str(error.name).partition(".")[0])) from error
     except Exception as error:  # the storage's own
         raise DataError(
             f"{builder.data_dir} is damaged: {error}\nRemove it and prepare it "
@@ -351,7 +351,8 @@ def _probe(name: str, folder: Path) -> None:
 
 
 def _missing(package: str) -> str:
-    return f"{package} is not installed: pip install 'si_jax[experiments]'."
+    extra = "array_record" if package == "array_record" else "experiments"
+    return f"{package} is not installed: pip install 'si_jax[{extra}]'."
 
 
 # --- The published files --------------------------------------------------------------

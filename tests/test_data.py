@@ -393,6 +393,16 @@ def test_a_package_that_is_missing_is_named(package, tmp_path, monkeypatch):
         data.load("mnist", data_dir=tmp_path)
 
 
+def test_array_records_without_their_reader_say_what_to_install(tfrecords, monkeypatch):
+    info = tfrecords / "dataset_info.json"
+    info.write_text(info.read_text().replace('"tfrecord"', '"array_record"'))
+    monkeypatch.setitem(sys.modules, "array_record", None)
+    monkeypatch.setitem(sys.modules, "array_record.python", None)
+    message = r"array_record is not installed: pip install 'si_jax\[array_record\]'"
+    with pytest.raises(data.DataError, match=message):
+        data.load("mnist", data_dir=tfrecords.parents[1])
+
+
 # --- Real data ------------------------------------------------------------------------
 
 
