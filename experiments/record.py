@@ -10,6 +10,7 @@ import platform
 import re
 import shutil
 import subprocess
+import sys
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
@@ -78,7 +79,21 @@ class Record:
             self.write("config.json", readable(started))
         self._refuse_another(started, head)
         self.content = {**started, **finished, "config": settings}
+        self._say_another_jaxlib()
         _wait_for_all("all have read")
+
+    def _say_another_jaxlib(self) -> None:
+        """Numbers repeat bit for bit on one version alone."""
+        makers = [self.content, *self.runs.values()]
+        makers += [part for run in self.runs.values() for part in run.get("parts", [])]
+        theirs = {x["versions"].get("jaxlib") for x in makers if "versions" in x}
+        here = version("jaxlib")
+        if is_first() and (others := theirs - {here, None}):
+            print(
+                f"{self.folder} was computed with jaxlib {', '.join(sorted(others))}, "
+                f"here is {here}: runs repeat bit for bit on one version alone.",
+                file=sys.stderr,
+            )
 
     @property
     def runs(self) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import types
+from importlib.metadata import version
 from pathlib import Path
 
 import jax
@@ -65,6 +66,17 @@ def test_a_setting_that_a_record_does_not_know_is_its_default(tmp_path):
     record = Record("e", Config(out=tmp_path))
     assert list(record.runs) == ["si"]
     assert record.content["config"] == {"epochs": 3, "strengths": [1.0]}
+
+
+def test_a_record_of_another_jaxlib_says_so(tmp_path, capsys):
+    Record("e", Config(out=tmp_path)).add("si", RUN)
+    Record("e", Config(out=tmp_path))
+    assert capsys.readouterr().err == ""
+    path = tmp_path / "results.json"
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps(content).replace(version("jaxlib"), "0.0.1"))
+    Record("e", Config(out=tmp_path))
+    assert f"jaxlib 0.0.1, here is {version('jaxlib')}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("platform", ["cpu", "gpu"])
