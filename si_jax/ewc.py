@@ -23,7 +23,7 @@ import optax
 from jax.typing import ArrayLike
 
 from si_jax import surrogate
-from si_jax.pytrees import align, map_states, states, wide
+from si_jax.pytrees import map_states, states, wide
 
 
 class ElasticWeightConsolidationState(NamedTuple):
@@ -62,6 +62,11 @@ def elastic_weight_consolidation(
     Synaptic Intelligence: behind its link, or inside its wrapper, so that ω sees the
     gradient of the task alone.
 
+    An optimizer that evaluates the loss itself (``optax.lbfgs``) needs Synaptic
+    Intelligence's wrapper around the chain, with ``strength=0.0`` for EWC alone: it
+    adds this surrogate loss, too, to what the optimizer evaluates. A link cannot, so
+    ``value_fn``, ``grad_fn`` and ``obj_fn`` are refused here without it.
+
     Args:
       strength: c = λ/2, at least 0. May be traced.
       decay: ``None`` adds the tasks' penalties exactly. A number γ in (0, 1] is online
@@ -74,8 +79,8 @@ def elastic_weight_consolidation(
 
     Raises:
       ValueError: for a negative ``strength`` or a ``decay`` outside of (0, 1] (when
-        they are concrete), an update without ``params`` or with trees that do not fit
-        the state.
+        they are concrete), an update without ``params``, with trees that do not fit
+        the state or with functions to be evaluated.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -101,8 +106,10 @@ def elastic_weight_consolidation(
     if concrete is not None and not 0 < concrete <= 1:
         raise ValueError(f"decay (γ of online EWC) must be in (0, 1], got {decay}.")
 
-    def hyperparameters() -> tuple[jax.Array, jax.Array, jax.Array]:
-        dtype = jnp.result_type(float)
+    strength, gamma = surrogate.frozen(strength), surrogate.frozen(gamma)
+
+    def hyperparameters(like: Any = 0.0) -> tuple[jax.Array, jax.Array, jax.Array]:
+        dtype = jnp.result_type(surrogate.scalar(like))
         return (
             jnp.array(strength, dtype),
             jnp.array(gamma, dtype),
@@ -113,7 +120,7 @@ def elastic_weight_consolidation(
         surrogate.check_real(params)
         return ElasticWeightConsolidationState(
             surrogate.zeros_wide(params),
-            jax.tree.map(lambda p: jnp.array(wide(p)), params),
+            jax.tree.map(lambda p: jnp.array(wide(surrogate.own(p))), params),
             *hyperparameters(),
         )
 
@@ -123,10 +130,10 @@ def elastic_weight_consolidation(
         params: optax.Params | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, ElasticWeightConsolidationState]:
-        del extra_args
-        grads, params = surrogate.aligned(updates, params, state.reference)
+        surrogate.refuse_functions(extra_args)
+        grads, params = surrogate.inputs(updates, params, state.reference)
         importance, reference = state.importance, state.reference
-        c, gamma, online = hyperparameters()
+        c, gamma, online = hyperparameters(state.strength)
         pulled = surrogate.pull_back(grads, params, importance, reference, c)
         return pulled, ElasticWeightConsolidationState(
             importance, reference, c, gamma, online
@@ -154,7 +161,9 @@ def consolidate(
       ``opt_state``, consolidated, of the same structure, shapes and dtypes.
 
     Raises:
-      ValueError: if there is no EWC in ``opt_state``, or the trees do not fit it.
+      ValueError: if there is no EWC in ``opt_state``, the trees do not fit it, or
+        ``importance`` is negative or not finite. Under ``jit`` what is traced cannot be
+        refused: it is merged as it is, and NaN then shows in every update.
 
     Example:
       >>> import jax.numpy as jnp
@@ -168,10 +177,8 @@ def consolidate(
     """
 
     def merge(state: ElasticWeightConsolidationState) -> Any:
-        new, theta = (
-            jax.tree.map(jnp.asarray, align(tree, state.reference, name))
-            for tree, name in ((importance, "importance"), (params, "params"))
-        )
+        new = surrogate.importances(importance, state.reference)
+        theta = surrogate.aligned(params, state.reference, "params")
         decay, online = surrogate.scalar(state.decay), surrogate.scalar(state.online)
 
         def summed(old, f):

@@ -9,7 +9,7 @@ import optax
 
 from si_jax import surrogate, transform
 from si_jax.ewc import ElasticWeightConsolidationState
-from si_jax.pytrees import align, extend, map_states, placed, states, wide, zeros
+from si_jax.pytrees import extend, map_states, placed, states, wide, zeros
 from si_jax.transform import (
     Synapses,
     SynapticIntelligenceState,
@@ -221,7 +221,8 @@ def add_importance(
     Raises:
       ValueError: if there is no memory in ``opt_state`` or more than one of a parameter
         (SI and EWC: pass the part that you mean), if ``importance`` does not fit it, or
-        is negative or not finite (when it is concrete).
+        is negative or not finite. Under ``jit`` what is traced cannot be refused: it is
+        added as it is, and NaN then shows in every update.
 
     Example:
       >>> import jax.numpy as jnp, optax, si_jax
@@ -235,33 +236,21 @@ def add_importance(
       [-0.75 -0.25]
     """
 
-    def added(path, omega, new):
-        if not isinstance(new, jax.core.Tracer):
-            _check_importance(f"importance{jax.tree_util.keystr(path)}", new)
-        total = wide(omega) + jnp.asarray(new, wide(omega).dtype)
+    def added(omega, new):
+        total = wide(omega) + new.astype(wide(omega).dtype)
         return total.astype(omega.dtype)
 
     def add(state: Any) -> Any:
         surrogate.scalar(state.strength)
         old, reference = remembered(state)
-        new = align(importance, reference, "importance")
-        total = jax.tree_util.tree_map_with_path(added, old, new)
+        new = surrogate.importances(importance, reference)
+        total = jax.tree.map(added, old, new)
         if isinstance(state, ElasticWeightConsolidationState):
             return state._replace(importance=total)
         return state._replace(synapses=state.synapses._replace(importance=total))
 
     require_once(opt_state)
     return _map_memories(add, opt_state)
-
-
-def _check_importance(name: str, x: Any) -> None:
-    if not jnp.all(jnp.isfinite(x)):
-        raise ValueError(f"{name} is not finite: Ω would not be a number any more.")
-    if not jnp.all(jnp.asarray(x) >= 0):
-        raise ValueError(
-            f"{name} is negative: the surrogate loss would push the parameter away. "
-            "Importances are at least 0; clip them, or square what they come from."
-        )
 
 
 def surrogate_loss(opt_state: optax.OptState, params: optax.Params) -> jax.Array:
@@ -290,17 +279,11 @@ def surrogate_loss(opt_state: optax.OptState, params: optax.Params) -> jax.Array
       >>> print(si_jax.surrogate_loss(opt_state, jnp.array([3.0])))  # 0.1 × 1 × 2²
       0.4
     """
-
-    def penalty(state: Any) -> jax.Array:
-        importance, reference = remembered(state)
-        strength = surrogate.scalar(state.strength)
-        terms = surrogate.penalty(
-            align(params, reference, "params"), importance, reference, strength.dtype
-        )
-        return strength * sum(jax.tree.leaves(terms), jnp.zeros_like(strength))
-
-    first, *others = map(penalty, _require(opt_state))
-    return sum(others, first)
+    memories = [
+        surrogate.Memory(*remembered(state), surrogate.scalar(state.strength))
+        for state in _require(opt_state)
+    ]
+    return surrogate.Penalty(*memories)(params)
 
 
 # --- Finding them ---------------------------------------------------------------------

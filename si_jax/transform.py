@@ -26,14 +26,21 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
-from si_jax.pytrees import align, map_states, states, stored, wide, zeros
+from si_jax.ewc import ElasticWeightConsolidationState
+from si_jax.pytrees import map_states, states, stored, wide, zeros
 from si_jax.surrogate import (
+    Memory,
+    Penalty,
     aligned,
     check_real,
     check_strength,
+    frozen,
+    inputs,
     missing,
     number,
+    own,
     pull_back,
+    refuse_functions,
     scalar,
     zeros_wide,
 )
@@ -107,18 +114,17 @@ _State = SynapticIntelligenceState | WithSynapticIntelligenceState
 def _integrate(
     path_integral: optax.Params, grads: optax.Updates, movement: optax.Updates
 ) -> optax.Params:
-    """Eq. 3: ω ← ω − g·Δθ; nothing for what did not move, whatever its gradient."""
-    return jax.tree.map(
-        lambda w, g, moved: w - jnp.where(moved == 0, 0, g.astype(w.dtype) * moved),
-        path_integral,
-        grads,
-        movement,
-    )
+    """Eq. 3: ω ← ω − g·Δθ; nothing for a gradient that is no finite number."""
+
+    def leaf(w, g, moved):
+        return w - jnp.where(jnp.isfinite(g), g.astype(w.dtype) * moved, 0)
+
+    return jax.tree.map(leaf, path_integral, grads, movement)
 
 
 def _consolidate(state: _State, params: optax.Params) -> _State:
     """Eq. 5 with the old θ̃, then θ̃ ← θ, then ω ← 0."""
-    params = align(params, state.synapses.reference, "params")
+    params = aligned(params, state.synapses.reference, "params")
     if isinstance(state, SynapticIntelligenceState):
         state = observe(state, params, jax.tree.map(zeros, state.last_grads))
         state = state._replace(pending=jax.tree.map(jnp.zeros_like, state.pending))
@@ -151,7 +157,7 @@ def observe(
     """Credit a gradient with the movement since the last, and keep the new one.
 
     The last one; or the new one if ``unbiased``, where there is a step to credit and it
-    is a number.
+    is a finite number.
     """
     movement = jax.tree.map(
         lambda now, before: wide(now) - wide(before), params, state.last_params
@@ -200,13 +206,16 @@ def synaptic_intelligence(
     the last gradient. ``path_integral`` lags one step behind until :func:`consolidate`.
 
     Pass the gradient of the task's loss alone; there is nothing to add to the loss.
-    Call :func:`consolidate` at every task's end. Two things to know:
+    Call :func:`consolidate` at every task's end. An entry of the gradient that is no
+    finite number is credited with nothing. Two things to know:
 
     - ``optax.MultiSteps`` belongs around it, so that the gradient it is shown is the
       accumulated one that moves the parameters.
-    - An optimizer that evaluates the loss itself (``optax.lbfgs`` and other line
-      searches, ``optax.polyak_sgd``) sees only what it is passed: give it ``value``,
-      ``grad`` and ``value_fn`` of the loss plus :func:`surrogate_loss`.
+    - A link cannot change what an optimizer after it evaluates by itself: ``value_fn``,
+      ``grad_fn`` and ``obj_fn`` are refused, as the optimizer would undo what Synaptic
+      Intelligence does. For ``optax.lbfgs`` and its like take the wrapper. A ``value``
+      reaches the optimizer as it is: for ``optax.polyak_sgd`` pass that of the loss
+      plus :func:`surrogate_loss`.
 
     Args:
       strength: c of eq. 4, at least 0. May be traced (swept by ``jax.vmap``, or
@@ -230,8 +239,8 @@ def synaptic_intelligence(
     Raises:
       ValueError: for a negative ``strength`` or a ``damping`` that is not positive
         (when they are concrete), a ``state_dtype`` narrower than bfloat16, parameters
-        that are not real floating-point arrays, an update without ``params`` or with
-        trees that do not fit the state.
+        that are not real floating-point arrays, an update without ``params``, with
+        trees that do not fit the state or with functions to be evaluated.
 
     Example:
       >>> import jax.numpy as jnp, optax, si_jax
@@ -255,8 +264,11 @@ def synaptic_intelligence(
       <https://arxiv.org/abs/2006.06357>`_, AISTATS 2022
     """
     _check_hyperparameters(strength, damping, state_dtype)
+    strength, damping = frozen(strength), frozen(damping)
 
     def init_fn(params: optax.Params) -> SynapticIntelligenceState:
+        check_real(params)
+        params = jax.tree.map(own, params)
         synapses = _init_synapses(params, state_dtype)
         return SynapticIntelligenceState(
             synapses,
@@ -272,10 +284,10 @@ def synaptic_intelligence(
         params: optax.Params | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, SynapticIntelligenceState]:
-        del extra_args
+        refuse_functions(extra_args)
         _, importance, reference = state.synapses
-        grads, params = aligned(updates, params, reference)
-        c, xi, floored = _hyperparameters(strength, damping, nonnegative)
+        grads, params = inputs(updates, params, reference)
+        c, xi, floored = _hyperparameters(strength, damping, nonnegative, state)
         pulled = pull_back(grads, params, importance, reference, c)
         state = observe(state, params, grads, unbiased=unbiased)
         return pulled, state._replace(
@@ -303,12 +315,19 @@ def with_synaptic_intelligence(
     change the update: what is chained behind it, or done to the parameters by hand
     (``optax.lookahead``), goes unseen. Wrappers that only decide when or on which
     leaves to update (``optax.MultiSteps``, ``optax.apply_if_finite``, ``optax.masked``,
-    ``optax.partition``) belong around it. As for the link, an optimizer that evaluates
-    the loss itself must be passed that of the loss plus :func:`surrogate_loss`.
+    ``optax.partition``) belong around it. An entry of the gradient that is no finite
+    number is credited with nothing.
+
+    An optimizer that evaluates the loss itself (``optax.lbfgs`` and other line
+    searches, ``optax.contrib.sam``, ``optax.polyak_sgd``) is passed the task's loss, as
+    ever: the surrogate loss, also that of EWC inside ``inner``, is added to ``value``
+    and to what ``value_fn`` and ``obj_fn`` return, its gradient to ``grad`` and to what
+    ``grad_fn`` returns. What a line search of optax keeps for
+    ``optax.value_and_grad_from_state`` is of the task's loss again.
 
     Args:
       inner: the optimizer, any :class:`optax.GradientTransformation`. Extra arguments
-        of ``update`` are passed on to it.
+        of ``update`` are passed on to it; those above are of the loss.
       strength: c of eq. 4, at least 0. May be traced (swept by ``jax.vmap``, or
         scheduled with ``optax.inject_hyperparams``).
       damping: ξ of eq. 5, above 0, in units of a squared parameter. May be traced.
@@ -323,8 +342,8 @@ def with_synaptic_intelligence(
       :class:`WithSynapticIntelligenceState`.
 
     Raises:
-      ValueError: as :func:`synaptic_intelligence`, and if ``inner`` already contains
-        Synaptic Intelligence.
+      ValueError: as :func:`synaptic_intelligence`, but for functions, and if ``inner``
+        already contains Synaptic Intelligence.
 
     Example:
       >>> import jax.numpy as jnp, optax, si_jax
@@ -345,10 +364,12 @@ def with_synaptic_intelligence(
     if not hasattr(inner, "update"):
         raise ValueError(f"inner must be an optimizer, got {inner!r}.")
     _check_hyperparameters(strength, damping, state_dtype)
+    strength, damping = frozen(strength), frozen(damping)
     inner = optax.with_extra_args_support(inner)
 
     def init_fn(params: optax.Params) -> WithSynapticIntelligenceState:
-        synapses = _init_synapses(params, state_dtype)
+        check_real(params)
+        synapses = _init_synapses(jax.tree.map(own, params), state_dtype)
         inner_state = inner.init(params)
         if find_synaptic(inner_state):
             raise ValueError(
@@ -366,21 +387,26 @@ def with_synaptic_intelligence(
         **extra_args: Any,
     ) -> tuple[optax.Updates, WithSynapticIntelligenceState]:
         _, importance, reference = state.synapses
-        grads, params = aligned(updates, params, reference)
-        c, xi, floored = _hyperparameters(strength, damping, nonnegative)
+        grads, params = inputs(updates, params, reference)
+        c, xi, floored = _hyperparameters(strength, damping, nonnegative, state)
         pulled = pull_back(grads, params, importance, reference, c)
+        # Inside, all that is of the loss is of loss and penalty; outside, of the loss.
+        penalty = Penalty(Memory(importance, reference, c), *_elastic(state))
         updates, inner_state = inner.update(
-            pulled, state.inner_state, params, **extra_args
-        )
-        movement = jax.tree.map(
-            lambda p, moved: stored(moved) - wide(p),
+            pulled,
+            penalty.to_searches(state.inner_state, params, 1),
             params,
-            optax.apply_updates(params, updates),
+            **penalty.to_extra_args(extra_args, params),
         )
+        after = optax.apply_updates(params, updates)
+        movement = jax.tree.map(lambda p, new: stored(new) - wide(p), params, after)
         omega = _integrate(state.synapses.path_integral, grads, movement)
-        synapses = state.synapses._replace(path_integral=omega)
         return updates, WithSynapticIntelligenceState(
-            synapses, c, xi, floored, inner_state
+            state.synapses._replace(path_integral=omega),
+            c,
+            xi,
+            floored,
+            penalty.to_searches(inner_state, after, -1),
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -463,9 +489,15 @@ def _copy(tree: Any, like: Any) -> Any:
     return jax.tree.map(lambda x, old: jnp.array(x, jnp.result_type(old)), tree, like)
 
 
-def _init_synapses(params: optax.Params, state_dtype: DTypeLike | None) -> Synapses:
-    check_real(params)
+def _elastic(state: WithSynapticIntelligenceState) -> list[Memory]:
+    """EWC's memories in the wrapped optimizer."""
+    return [
+        Memory(x.importance, x.reference, scalar(x.strength))
+        for x in states(state.inner_state, ElasticWeightConsolidationState)
+    ]
 
+
+def _init_synapses(params: optax.Params, state_dtype: DTypeLike | None) -> Synapses:
     def held(tree: optax.Params) -> optax.Params:
         return jax.tree.map(
             lambda x: jnp.array(x, state_dtype or jnp.result_type(x)), tree
@@ -479,13 +511,16 @@ def _init_synapses(params: optax.Params, state_dtype: DTypeLike | None) -> Synap
 
 
 def _hyperparameters(
-    strength: ArrayLike, damping: ArrayLike, nonnegative: bool
+    strength: ArrayLike,
+    damping: ArrayLike,
+    nonnegative: bool,
+    state: _State | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Arrays of a fixed dtype, so that the state is stable under scan and cond.
+    """Arrays of the state's dtype, so that it is stable under scan and cond.
 
     Copies, so that donating the state leaves the caller's array alive.
     """
-    dtype = jnp.result_type(float)
+    dtype = jnp.result_type(float if state is None else scalar(state.strength))
     return (
         jnp.array(strength, dtype),
         jnp.array(damping, dtype),
