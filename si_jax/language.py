@@ -13,7 +13,15 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
-from si_jax.train import Boundary, Carry, Epoch, Learner, sum_over_parts, with_synapses
+from si_jax.train import (
+    Boundary,
+    Carry,
+    Epoch,
+    Learner,
+    if_finite,
+    sum_over_parts,
+    with_synapses,
+)
 
 Logits = Callable[[optax.Params, jax.Array], jax.Array]
 """``(params, text (…, length)) → logits (…, length, 256)`` of the bytes that follow."""
@@ -229,7 +237,7 @@ def learner(
         )
         end = carry._replace(params=params, opt_state=opt_state)
         seen = stage.steps.astype(jnp.float32) * (batch_size * length)
-        report = Epoch(loss=total / seen, accuracy=hits / seen)
+        report = Epoch(loss=total / seen, accuracy=if_finite(total, hits) / seen)
         return end, with_synapses(report, carry, end)
 
     def finish(carry: Carry, texts: Texts, stage: Stage, key: jax.Array) -> Carry:

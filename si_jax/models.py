@@ -5,9 +5,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from flax.linen import initializers
 from jax.typing import DTypeLike
+
+ORDER = ("NHWC", "HWIO", "NHWC")  # of a convolution's axes, as Flax has them
+COUNTS = (
+    "lhs_dilation",
+    "rhs_dilation",
+    "feature_group_count",
+    "batch_group_count",
+)
 
 
 class MLP(nn.Module):
@@ -107,19 +116,21 @@ def convolve(
     padding: Sequence[tuple[int, int]] | str,
     **kwargs: Any,
 ) -> jax.Array:
-    """``jax.lax.conv_general_dilated``; on a CPU, the same as matrix products.
+    """``jax.lax.conv_general_dilated``; on a CPU, most often as matrix products.
 
     XLA rewrites convolutions into the form that its CPU library takes, but not inside
     of loops: there the gradient of one is tens of times slower than this. A 3 × 3
     kernel of many channels goes through :func:`winograd`, in float32 at least; any
-    other is one product, of all patches.
+    other is one product, of all patches. What has strides, dilation, groups or axes in
+    another order is left to ``jax.lax``.
 
     Args:
       images: ``(batch, height, width, channels)``.
       kernel: ``(rows, columns, channels, outputs)``.
-      strides: 1 in both directions.
+      strides: in both directions.
       padding: ``"VALID"``, ``"SAME"`` or the rows and columns to add at the edges.
-      **kwargs: what else Flax passes on.
+      **kwargs: further arguments of ``jax.lax.conv_general_dilated``; without
+        ``dimension_numbers`` the axes are in the order given here, Flax's.
 
     Returns:
       ``(batch, height', width', outputs)``.
@@ -132,7 +143,9 @@ def convolve(
       [[18. 18.]
        [18. 18.]]
     """
-    if jax.default_backend() != "cpu":
+    kwargs = {"dimension_numbers": ORDER} | kwargs
+    plain = _plain(images, kernel, strides, padding, kwargs)
+    if jax.default_backend() != "cpu" or not plain:
         return jax.lax.conv_general_dilated(images, kernel, strides, padding, **kwargs)
     rows, columns = kernel.shape[:2]
     if isinstance(padding, str):
@@ -150,6 +163,24 @@ def convolve(
         for j in range(columns)
     ]
     return _product(jnp.concatenate(patches, -1), kernel.reshape(-1, kernel.shape[-1]))
+
+
+def _plain(images: Any, kernel: Any, strides: Any, padding: Any, others: Any) -> bool:
+    """Whether a convolution is of images, a window at each pixel, and nothing besides."""
+    if images.ndim != 4 or not jnp.issubdtype(images.dtype, jnp.floating):
+        return False
+    asked, here = (
+        jax.lax.conv_dimension_numbers(images.shape, kernel.shape, order)
+        for order in (others["dimension_numbers"], ORDER)
+    )
+    ones = [strides, *(others.get(name) for name in COUNTS)]
+    known = {*COUNTS, "dimension_numbers", "precision"}
+    return (
+        asked == here
+        and all(x is None or np.all(np.equal(x, 1)) for x in ones)
+        and all(others[name] is None for name in others.keys() - known)
+        and (isinstance(padding, str) or np.min(padding) >= 0)
+    )
 
 
 def winograd(images: jax.Array, kernel: jax.Array) -> jax.Array:

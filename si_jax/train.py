@@ -55,7 +55,8 @@ class Epoch(NamedTuple):
     Attributes:
       loss: the task's cross-entropy in nats, without the surrogate loss, averaged over
         the examples as they were seen.
-      accuracy: the fraction of them that was classified correctly.
+      accuracy: the fraction of them that was classified correctly; NaN if the loss is
+        no finite number.
       loss_drop: how far the loss fell in the epoch, on some 500 examples spread over
         the task.
       surrogate_loss: the penalty of eq. 4, SI's or EWC's, at the epoch's end.
@@ -87,7 +88,8 @@ class Learner(NamedTuple):
       epoch: ``(carry, examples, task, key) → (carry, Epoch)``, one pass in random
         order.
       finish: ``(carry, examples, task, key) → carry`` at a task's end: the boundary.
-      evaluate: ``(carry, examples, tasks) → accuracy (tasks,)``.
+      evaluate: ``(carry, examples, tasks) → accuracy (tasks,)``; NaN where a network
+        that diverged has no answer.
     """
 
     init: Callable[[jax.Array], Carry]
@@ -372,7 +374,7 @@ def _epoch_of(
         mean_loss = _sample_loss_of(model, examples, task, micro_batch)
         report = Epoch(
             loss=total / size,
-            accuracy=correct / size,
+            accuracy=if_finite(total, correct) / size,
             loss_drop=mean_loss(carry.params) - mean_loss(end.params),
         )
         return end, with_synapses(report, carry, end)
@@ -388,12 +390,13 @@ def _sample_loss_of(
     few = min(500, task.rows.shape[-1])
     at_once = min(micro_batch or few, few)
     few -= few % at_once
+    # Of a task with fewer, some of its examples are taken again: all of them count.
     spread = task.rows[jnp.arange(few, dtype=jnp.int32) * task.size // few]
-    sample = _gather(examples, task, spread, jnp.int32(0), few)
+    sample = *look_up(examples, spread), jnp.ones(few)
 
     def mean_loss(params):
         def part(examples, _):
-            return loss(params, sample[-1].sum(), task.classes, *examples)[0]
+            return loss(params, jnp.float32(few), task.classes, *examples)[0]
 
         return sum_over_parts(part, sample, jax.random.key(0), at_once)
 
@@ -410,8 +413,9 @@ def _evaluate_of(model: Model, at_once: int) -> Callable[..., jax.Array]:
             def count(i, correct):
                 images, labels, there = _gather(examples, task, task.rows, i, size)
                 out = mask_logits(model.apply(carry.params, images), task.classes)
-                hits = (out.argmax(-1) == labels).astype(jnp.float32)
-                return correct + jnp.sum(hits * there)
+                # Of no numbers the largest would be the first.
+                hits = if_finite(out.max(-1), out.argmax(-1) == labels)
+                return correct + jnp.sum(jnp.where(there > 0, hits, 0))
 
             batches = (task.size + size - 1) // size
             correct = jax.lax.fori_loop(0, batches, count, jnp.zeros(()))
@@ -420,6 +424,11 @@ def _evaluate_of(model: Model, at_once: int) -> Callable[..., jax.Array]:
         return jax.lax.map(accuracy, tasks)
 
     return evaluate
+
+
+def if_finite(value: jax.Array, then: jax.Array) -> jax.Array:
+    """``then`` as float32; NaN where ``value`` is no finite number."""
+    return jnp.where(jnp.isfinite(value), then.astype(jnp.float32), jnp.nan)
 
 
 def sum_over_parts(

@@ -156,6 +156,61 @@ def test_convolution_and_its_gradients_are_those_of_lax(padding, size, channels)
         np.testing.assert_allclose(actual, wanted, rtol=1e-5, atol=1e-5 * scale)
 
 
+@pytest.mark.parametrize("channels", [4, 16])
+@pytest.mark.parametrize(
+    ("strides", "padding", "more"),
+    [
+        ((2, 2), "SAME", {}),
+        ((2, 1), "VALID", {}),
+        ((1, 1), [(1, 0), (0, 2)], {"rhs_dilation": (2, 2)}),
+        ((1, 1), "SAME", {"rhs_dilation": (1, 2)}),
+        ((1, 1), [(1, 1), (2, 1)], {"lhs_dilation": (2, 1)}),
+        ((1, 1), [(-1, 0), (1, -1)], {}),
+        ((1, 1), "SAME", {"feature_group_count": 2}),
+        ((1, 1), "SAME", {"batch_group_count": 2}),
+        ((1, 1), "SAME_LOWER", {"rhs_dilation": None, "precision": "highest"}),
+        ((1, 1), "SAME", {"dimension_numbers": ("HWNC", "HWIO", "NHWC")}),
+        ((1, 1), "SAME", {"dimension_numbers": ("NHWC", "HWIO", "NCHW")}),
+    ],
+)
+def test_every_setting_of_a_convolution_is_that_of_lax(
+    strides, padding, more, channels
+):
+    more = NUMBERS | more
+    images = jax.random.normal(jax.random.key(0), (4, 6, 7, channels))
+    if more["dimension_numbers"][0] == "HWNC":
+        images = images.transpose(1, 2, 0, 3)
+    inputs = channels // more.get("feature_group_count", 1)
+    kernel = jax.random.normal(jax.random.key(1), (3, 3, inputs, 4))
+    found, wanted = (
+        function(images, kernel, strides, padding, **more)
+        for function in (convolve, jax.lax.conv_general_dilated)
+    )
+    assert (found.shape, found.dtype) == (wanted.shape, wanted.dtype)
+    np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-4)
+
+
+def test_convolutions_of_signals_volumes_and_integers_are_those_of_lax():
+    """With a stride in a network's layer, too, and without the order of the axes."""
+    for dimensions in (1, 3):
+        signal = jax.random.normal(jax.random.key(0), (2, *[5] * dimensions, 3))
+        size = (3,) * dimensions
+        layers = (
+            nn.Conv(4, size, padding="SAME", conv_general_dilated=function)
+            for function in (None, convolve)
+        )
+        plain, ours = layers
+        params = plain.init(jax.random.key(1), signal)
+        np.testing.assert_allclose(
+            plain.apply(params, signal), ours.apply(params, signal), rtol=1e-5
+        )
+    images, kernel = jnp.arange(32).reshape(1, 4, 4, 2), jnp.ones((3, 3, 2, 1), int)
+    np.testing.assert_array_equal(
+        convolve(images, kernel, (2, 2), "SAME"),
+        jax.lax.conv_general_dilated(images, kernel, (2, 2), "SAME", **NUMBERS),
+    )
+
+
 @pytest.mark.parametrize("size", [3, 4, 5, 6])
 def test_winograd_is_as_exact_as_the_convolution_of_lax(size):
     rng = np.random.default_rng(size)

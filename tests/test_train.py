@@ -276,6 +276,47 @@ def test_epochs_report_what_synaptic_intelligence_sees():
     np.testing.assert_allclose(report.negative, (omega < 0).mean())
 
 
+def test_the_loss_drop_of_a_small_task_beside_a_large_one_is_of_all_its_examples():
+    """20 examples of two classes in rows for 700: the same 500 places for both tasks."""
+    many = blobs(1400, 1)
+    few = np.concatenate([np.flatnonzero(many.labels == k)[:10] for k in (2, 3)])
+    rows = np.zeros((2, 700), np.int32)
+    rows[0], rows[1, :20] = np.flatnonzero(many.labels < 2)[:700], few
+    size = jnp.array([min(700, (many.labels < 2).sum()), 20], jnp.int32)
+    pair = tasks.Task(jnp.asarray(rows), size, TRAIN_TASKS.classes)
+    task = jax.tree.map(lambda x: x[1], pair)
+    pieces = make(0.0, inner=optax.sgd(0.5))
+    carry = pieces.init(jax.random.key(0))
+    after, report = pieces.epoch(carry, on_device(many), task, jax.random.key(1))
+
+    def loss(params):
+        images = jnp.asarray(many.images[few], jnp.float32) / 255
+        out = mask_logits(MODEL.apply(params, images), task.classes)
+        labels = jnp.asarray(many.labels[few])
+        return optax.softmax_cross_entropy_with_integer_labels(out, labels).mean()
+
+    drop = loss(carry.params) - loss(after.params)
+    assert drop > 0.01
+    np.testing.assert_allclose(report.loss_drop, drop, rtol=1e-3)
+
+
+def test_a_network_whose_outputs_are_no_numbers_has_no_accuracy():
+    """Not that of guessing the first class, the argmax of NaN."""
+    pieces = make(inner=optax.sgd(1e30))
+    carry, examples = pieces.init(jax.random.key(0)), on_device(TRAIN)
+    task = jax.tree.map(lambda x: x[0], TRAIN_TASKS)
+    for i in range(2):
+        carry, report = pieces.epoch(carry, examples, task, jax.random.key(i))
+    assert np.isnan([report.loss, report.accuracy]).all()
+    assert np.isnan(pieces.evaluate(carry, on_device(TEST), TEST_TASKS)).all()
+    # Of the outputs, those of other tasks do not matter.
+    params = jax.tree.map(jnp.array, pieces.init(jax.random.key(0)).params)
+    head = params["params"]["Dense_1"]
+    head["bias"] = head["bias"].at[2].set(jnp.nan)
+    found = pieces.evaluate(carry._replace(params=params), on_device(TEST), TEST_TASKS)
+    assert np.isfinite(found).tolist() == [True, False]
+
+
 def test_keep_count_resets_all_but_the_step_count():
     """Adam's first steps after it are several times as large, as in its docstring."""
     task, examples = jax.tree.map(lambda x: x[0], TRAIN_TASKS), on_device(TRAIN)
