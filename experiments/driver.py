@@ -11,8 +11,8 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from experiments.command import Options
-from experiments.record import Record, is_first
+from experiments.command import Options, UserError
+from experiments.record import Record, is_first, versions
 from si_jax import metrics, sweep, tasks
 from si_jax.tasks import permute
 from si_jax.train import (
@@ -387,7 +387,7 @@ def trained(
     )
     key = f"{name} seeds {min(seeds)}-{max(seeds)}"
     like = _empty(carry, len(seeds), stages, np.zeros((len(seeds), tasks), np.float32))
-    position, state = record.checkpoints(key).restore(like) or (0, like)
+    position, state = _restored(record, key, like) or (0, like)
     if position == stages * config.epochs:
         return jax.device_get(state.carry)
     pieces = compile_pieces(method.make_learner, own, len(seeds), config.max_parallel)
@@ -472,7 +472,7 @@ def train(
         record,
         so_far or _accuracy_so_far,
     )
-    position, state = _begin(job, pieces)
+    position, state, by = _begin(job, pieces)
     start -= float(state.seconds)
     with _bar(job, position) as bar:
         while position < job.stages * epochs:
@@ -486,6 +486,7 @@ def train(
                 seconds = np.asarray(time.perf_counter() - start, np.float32)
                 state = state._replace(seconds=seconds)
                 kept = state._replace(carry=pieces.to_host(state.carry))
+                record.keep_versions({job.key(name), job.key(method)}, by)
                 record.checkpoints(job.key(name)).save(position, kept)
             _show(job, bar, state, report, position, time.perf_counter() - start)
     return state
@@ -520,20 +521,34 @@ def _empty(carry: Carry, runs: int, stages: int, initial: np.ndarray) -> State:
     return State(carry, nothing, nothing.copy(), initial, none)
 
 
-def _begin(job: _Job, pieces: Pieces) -> tuple[int, State]:
-    """The last checkpoint's position and state, or the untrained networks'."""
+def _restored(record: Record, key: str, like: State) -> tuple[int, State] | None:
+    """A group's newest checkpoint; one that is another run's is the user's to mend."""
+    try:
+        return record.checkpoints(key).restore(like)
+    except ValueError as error:
+        raise UserError(f"{error} Choose another --out, or --overwrite.") from error
+
+
+def _begin(job: _Job, pieces: Pieces) -> tuple[int, State, list[dict[str, Any]]]:
+    """The last checkpoint's position and state, or the untrained networks'.
+
+    Besides, the versions that trained what it holds, and those of now.
+    """
     carry = pieces.init(job.runs)
     initial = pieces.evaluate(carry, job.runs, "test", -1)
     state = _empty(pieces.to_host(carry), len(initial), job.stages, initial)
-    position, state = (
-        job.record.checkpoints(job.key(job.method)).restore(state)
-        or job.record.checkpoints(job.key(job.first_task)).restore(state)
-        or (0, state)
-    )
+    by, position = [], 0
+    for name in (job.method, job.first_task):
+        if found := _restored(job.record, job.key(name), state):
+            (position, state), by = found, job.record.trained_by(job.key(name))
+            break
     for name in (job.first_task, job.method):
         job.record.rewind(name, job.seeds, position)
+    now = versions()
+    by = by if now in by else [*by, now]
     carry, *rest = state
-    return position, State(pieces.to_devices(carry), *map(np.array, rest))  # writable
+    state = State(pieces.to_devices(carry), *map(np.array, rest))  # writable
+    return position, state, by
 
 
 def _train(
@@ -575,10 +590,19 @@ def _show(
     finished = position // job.epochs
     task = f"task {number + 1}/{job.stages}"
     so_far = "" if job.from_scratch else job.so_far(state.test, finished)
+    so_far += _diverged(state.test[:, :finished], report.loss)
     bar.update()
     bar.set_postfix_str(f"{task}, accuracy {report.accuracy.mean():.3f}{so_far}")
     if finished == number + 1 and bar.disable and is_first():
         print(f"{job.method}: {task}{so_far}, {seconds:.0f} s", flush=True)
+
+
+def _diverged(test: np.ndarray, loss: np.ndarray) -> str:
+    """How many runs have no numbers any more, in the last stage or the epoch."""
+    gone = ~np.isfinite(loss)
+    if test.shape[1]:
+        gone |= np.isnan(test[:, -1]).any(-1)
+    return f", {gone.sum()} of {len(gone)} diverged" if gone.any() else ""
 
 
 def _accuracy_so_far(test: np.ndarray, finished: int) -> str:

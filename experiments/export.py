@@ -53,13 +53,18 @@ def tidy(runs: dict[str, Any]) -> str:
                     stages = [(0, run["initial"][row]), *stages]
                 for after, accuracies in stages:
                     for task, value in enumerate(accuracies, start=1):
-                        observed = (split, observable, after, task, f"{value:.6g}")
+                        observed = (split, observable, after, task, digits(value))
                         writer.writerow((name, seed, *observed))
                 usual = {} if observable == "loss" else measured(run, split)
                 for measure, values in usual.items():
-                    whole = (split, measure, "", "", f"{values[row]:.6g}")
+                    whole = (split, measure, "", "", digits(values[row]))
                     writer.writerow((name, seed, *whole))
     return text.getvalue()
+
+
+def digits(value: float) -> str:
+    """Six of them; ``NaN`` of a run that diverged, as most readers of CSV spell it."""
+    return f"{value:.6g}".replace("nan", "NaN")
 
 
 def splits(run: dict[str, Any]) -> list[str]:

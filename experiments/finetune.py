@@ -23,8 +23,10 @@ import si_jax
 from experiments import benchmark, command, driver, texts
 from experiments.driver import Method
 from experiments.record import (
+    DIVERGED,
     Record,
     aligned,
+    best,
     count,
     is_first,
     over_seeds,
@@ -510,6 +512,11 @@ def make_study(config: Config, contents: Mapping[str, bytes]) -> Study:
 
     def given(family: Family, seeds: Sequence[int]) -> Mapping[str, Any]:
         """The pretrained networks with what is important for the old text."""
+        if "diverged" in study.record.runs.get(PRETRAINING, {}):
+            raise command.UserError(
+                "The pretraining diverged: there is nothing to fine-tune. Lower the "
+                "learning rate, with another --out."
+            )
         pretrained = own_network(seeds)
         params, base = pretrained.params, None
         if family.lora:
@@ -783,9 +790,9 @@ def choose(config: Config, runs: Mapping[str, Any]) -> dict[str, tuple[str, int]
     found = {}
     for name, family in families(config).items():
         mean = curve(name, family, runs, "choice")[..., :2].mean((0, 2))
-        best = int(mean.argmin())
+        least = best(-mean, name)
         arms = ordered(name, family)
-        found[name] = (arms[best], 0) if family.strengths else (name, best)
+        found[name] = (arms[least], 0) if family.strengths else (name, least)
     return found
 
 
@@ -852,8 +859,8 @@ def _crossing(falling: np.ndarray, other: np.ndarray, level: float) -> float:
 def cells(values: np.ndarray) -> str:
     """Mean ± SEM over the seeds, in bits a byte."""
     values = np.asarray(values, np.float64)
-    if np.isnan(values).any():
-        return "–"
+    if not np.isfinite(values).all():
+        return DIVERGED
     mean = f"{values.mean():.3f}"
     if len(values) == 1:
         return mean
@@ -902,7 +909,8 @@ def equal_table(config: Config, runs: Mapping[str, Any]) -> str:
     rows = [["", *(f"{f:.0%}" for f in fractions)]]
     for name, values in at_equal_loss(config, runs, fractions).items():
         title = "early stopping" if name == "fine-tuning" else name
-        rows.append([title, *map(cells, values.T)])
+        columns = (cells(x) if np.isfinite(x).all() else "–" for x in values.T)
+        rows.append([title, *columns])
     return aligned(rows)
 
 
@@ -940,12 +948,12 @@ def shown(study: Study) -> None:
     """Samples, what SI holds and what the methods cost, if there is anything new."""
     config, problem, record, _ = study
     runs = record.runs
-    best = {name: arm for name, (arm, _) in choose(config, runs).items()}
-    whole = [arm for name, arm in best.items() if not families(config)[name].lora]
+    chosen = {name: arm for name, (arm, _) in choose(config, runs).items()}
+    whole = [arm for name, arm in chosen.items() if not families(config)[name].lora]
     if set(record.content.get("samples", {})) != {"prompt", PRETRAINING, *whole}:
         record.note("samples", samples(study, [PRETRAINING, *whole]))
-        if "si" in best:
-            record.note("held", {best["si"]: held(study, best["si"])})
+        if "si" in chosen:
+            record.note("held", {chosen["si"]: held(study, chosen["si"])})
     if config.cost_turns and "cost" not in record.content:
         record.note("cost", cost(config, problem))
 
@@ -959,10 +967,11 @@ def report(study: Study) -> None:
     )
     print(best_table(config, runs))
     if "fine-tuning" in runs:
+        gone = any("diverged" in run for run in runs.values())
         print(
             "\nHow much the loss on the old text grew where a method has learned as "
             "much of the new one,\nas a part of what fine-tuning learns; – where it "
-            "is not reached"
+            "is not reached" + ", or one diverged" * gone
         )
         print(equal_table(config, runs))
     for name, layers in record.content.get("held", {}).items():

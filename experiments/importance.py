@@ -56,6 +56,11 @@ def measure(config: Config, problem: driver.Problem, seed: int) -> dict[str, Any
     for i in range(config.epochs):
         carry, _ = epoch(carry, problem.train, task, epoch_key(key, 0, i))
     params = carry.params
+    if not all(np.isfinite(x).all() for x in jax.tree.leaves(params)):
+        raise command.UserError(
+            f"The network of seed {seed} diverged: there is nothing to measure. Lower "
+            "the learning rate."
+        )
     consolidated = si_jax.consolidate(carry.opt_state, params)
     model = MLP(config.hidden, 10, config.zero_init_output)
     heads = np.flatnonzero(task.classes)

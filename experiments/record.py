@@ -5,6 +5,7 @@ import dataclasses
 import datetime
 import itertools
 import json
+import math
 import os
 import platform
 import re
@@ -12,7 +13,7 @@ import shutil
 import subprocess
 import sys
 import unicodedata
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -25,13 +26,15 @@ from jax.experimental import multihost_utils
 from matplotlib.figure import Figure
 
 from experiments.command import Options, UserError
-from experiments.export import TensorBoard, measured, tidy
+from experiments.export import TensorBoard, measured, splits, tidy
 from si_jax import metrics
 from si_jax.checkpoint import Checkpoints
 from si_jax.figures import STYLE
 
 PACKAGES = ("si_jax", "jax", "jaxlib", "flax", "optax", "numpy")
 PLACES = [field.name for field in dataclasses.fields(Options)]
+TRAINED_BY = "checkpoints/versions.json"
+DIVERGED = "diverged"
 
 
 class Record:
@@ -64,9 +67,9 @@ class Record:
         self._tensorboard = (
             TensorBoard(self.folder / "tensorboard") if config.tensorboard else None
         )
-        entries = _jsonable(dataclasses.asdict(config))
+        entries = _plain(dataclasses.asdict(config))
         self._left_out = {*PLACES, *config.PICKS}
-        self._defaults = _jsonable(
+        self._defaults = _plain(
             {field.name: field.default for field in dataclasses.fields(config)}
         )
         settings = {k: v for k, v in entries.items() if k not in self._left_out}
@@ -79,6 +82,7 @@ class Record:
             self.write("config.json", readable(started))
         self._refuse_another(started, head)
         self.content = {**started, **finished, "config": settings}
+        self.content["runs"] = _numbers(self.content["runs"])
         self._say_another_jaxlib()
         _wait_for_all("all have read")
 
@@ -141,31 +145,45 @@ class Record:
 
         Args:
           method: its name.
-          run: its accuracies, with a first axis over the seeds.
+          run: its accuracies, with a first axis over the seeds. Those that diverged are
+            listed, from 0, as ``diverged``.
           summary: of the run with all its seeds; :func:`summarize` by default.
         """
-        run, now = _jsonable(run), versions()
-        if self._tensorboard and is_first() and "test" in run:
+        run, now, earlier = _plain(run), versions(), []
+        if "test" in run:
             done = count(self.runs[method]) if method in self.runs else 0
-            seeds = run.get("points", {}).get("seed", range(done, done + count(run)))
-            self._tensorboard.add(method, f"{min(seeds)}-{max(seeds)}", run)
+            own = run.get("points", {}).get("seed", range(done, done + count(run)))
+            seeds = f"{min(own)}-{max(own)}"
+            earlier = [x for x in self.trained_by(f"{method} seeds {seeds}") if x != now]
+            if self._tensorboard and is_first():
+                self._tensorboard.add(method, seeds, run)
         if method in self.runs:
             before = self.runs[method]
             parts = before.get("parts") or [
-                _part(before, before.get("versions", self.content["versions"]))
+                _part(
+                    before,
+                    before.get("versions", self.content["versions"]),
+                    before.get("earlier_versions", []),
+                )
             ]
-            run = _joined(before, run) | {"parts": [*parts, _part(run, now)]}
-        elif now != self.content["versions"]:
-            run["versions"] = now
+            parts = [*parts, _part(run, now, earlier)]
+            run = _joined(before, run) | {"parts": parts}
+        else:
+            if now != self.content["versions"]:
+                run["versions"] = now
+            if earlier:
+                run["earlier_versions"] = earlier
+        if gone := diverged(run):
+            run["diverged"] = gone
         self.runs[method] = run
-        self.content["summary"][method] = _jsonable((summary or summarize)(run))
+        self.content["summary"][method] = _plain((summary or summarize)(run))
         self.write("results.json", readable(self.content))
         if accurate := {k: x for k, x in self.runs.items() if "test" in x}:
             self.write("results.csv", tidy(accurate))
 
     def note(self, name: str, value: Any) -> None:
         """Keep something beside the runs, under a name of its own."""
-        self.content[name] = _jsonable(value)
+        self.content[name] = _plain(value)
         self.write("results.json", readable(self.content))
 
     def checkpoints(self, group: str) -> Checkpoints:
@@ -174,13 +192,24 @@ class Record:
             self.folder / "checkpoints" / re.sub(r"[^\w.=+]+", "-", group)
         )
 
+    def trained_by(self, group: str) -> list[dict[str, Any]]:
+        """The versions that trained what a group's checkpoints hold, one by one."""
+        return (self._read(TRAINED_BY) or {}).get(group, [])
+
+    def keep_versions(self, groups: Iterable[str], found: list[dict[str, Any]]) -> None:
+        """Keep what :meth:`trained_by` says of some groups."""
+        kept = self._read(TRAINED_BY) or {}
+        if any(kept.get(group) != found for group in groups):
+            (self.folder / TRAINED_BY).parent.mkdir(exist_ok=True)
+            self.write(TRAINED_BY, readable(kept | dict.fromkeys(groups, found)))
+
     def log(self, *, method: str, seeds: str, position: int, **values: Any) -> None:
         """Append a line to ``metrics.jsonl``, of an epoch of a group of seeds."""
         path = self.folder / "metrics.jsonl"
         entry = {"method": method, "seeds": seeds, "position": position, **values}
         if is_first():
             with _said(path), path.open("a") as file:
-                file.write(json.dumps(_jsonable(entry)) + "\n")
+                file.write(json.dumps(_nulls(_plain(entry)), allow_nan=False) + "\n")
             if self._tensorboard:
                 arrays = {k: x for k, x in values.items() if np.ndim(x)}
                 self._tensorboard.log(method, seeds, position, arrays)
@@ -334,9 +363,18 @@ def count(run: dict[str, Any]) -> int:
     return len(run["test"])
 
 
-def _part(run: dict[str, Any], versions: dict[str, Any]) -> dict[str, Any]:
+def diverged(run: dict[str, Any]) -> list[int]:
+    """Which of a method's runs ended without numbers, from 0."""
+    gone = [np.isnan(np.asarray(run[split], np.float64)) for split in splits(run)]
+    return sorted({int(i) for x in gone for i in np.argwhere(x)[:, 0]})
+
+
+def _part(
+    run: dict[str, Any], versions: dict[str, Any], earlier: list[dict[str, Any]]
+) -> dict[str, Any]:
     """Which versions made how many of a method's seeds, and in what time."""
-    return {"seeds": count(run), "seconds": run["seconds"], "versions": versions}
+    part = {"seeds": count(run), "seconds": run["seconds"], "versions": versions}
+    return part | ({"earlier_versions": earlier} if earlier else {})
 
 
 def _joined(before: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
@@ -361,36 +399,67 @@ def summarize(run: dict[str, Any]) -> dict[str, Any]:
 
 
 def statistics(values: Any) -> dict[str, float | None]:
-    """Mean, standard error and deviation of a number a seed; one has no spread."""
+    """Mean, standard error and deviation of a number a seed; one has no spread.
+
+    Where some diverged there is none of the three, but how many did.
+    """
     values = np.asarray(values, np.float64)
-    n = len(values)
+    n, gone = len(values), int((~np.isfinite(values)).sum())
     deviation = float(values.std(ddof=1)) if n > 1 else None
     return {
-        "mean": round(float(values.mean()), 6),
-        "sem": None if deviation is None else round(deviation / n**0.5, 6),
-        "std": None if deviation is None else round(deviation, 6),
+        "mean": _digits(values.mean()),
+        "sem": None if deviation is None else _digits(deviation / n**0.5),
+        "std": None if deviation is None else _digits(deviation),
         "n": n,
+        **({"diverged": gone} if gone else {}),
     }
 
 
-def over_seeds(runs: dict[str, Any], error: str = "SEM") -> str:
+def best(scores: Any, what: str) -> int:
+    """Where the largest of some scores is, flat; of a run that diverged, NaN, never.
+
+    Raises:
+      UserError: if all diverged.
+    """
+    scores = np.asarray(scores, np.float64)
+    finite = np.isfinite(scores)
+    if not finite.any():
+        raise UserError(
+            f"{what} diverged in all that was tried: there is nothing to choose from. "
+            "Lower the learning rate, or try other values, with another --out."
+        )
+    return int(np.where(finite, scores, -np.inf).argmax())
+
+
+def over_seeds(runs: Mapping[Any, Any], error: str = "SEM") -> str:
     """What a table or figure shows of the methods' seeds."""
-    counts = sorted({count(run) for run in runs.values()})
-    if counts == [1]:
-        return "one seed"
-    n = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
-    return f"mean ± {error}, n = {n}"
+    n = counts(runs)
+    return "one seed" if n == "1" else f"mean ± {error}, n = {n}"
+
+
+def counts(runs: Mapping[Any, Any]) -> str:
+    """How many seeds the methods have, from the fewest to the most."""
+    found = sorted({count(run) for run in runs.values()})
+    return str(found[0]) if len(found) == 1 else f"{found[0]} to {found[-1]}"
 
 
 def seeds_row(runs: dict[str, Any]) -> list[list[str]]:
     """A table's last row, how many seeds each method has, where they differ."""
-    counts = [str(count(run)) for run in runs.values()]
-    return [["n", *counts]] if len(set(counts)) > 1 else []
+    seeds = [str(count(run)) for run in runs.values()]
+    return [["n", *seeds]] if len(set(seeds)) > 1 else []
+
+
+def number(value: Any, form: str = ".4f") -> str:
+    """A number as a table has it; where there is none, the run diverged."""
+    return f"{value:{form}}" if np.isfinite(value) else DIVERGED
 
 
 def cell(values: Any, form: str = ".4f") -> str:
-    """Mean ± SEM over the seeds."""
+    """Mean ± SEM over the seeds, or how many of them diverged."""
     values = np.asarray(values, np.float64)
+    gone = int((~np.isfinite(values)).sum())
+    if gone:
+        return DIVERGED if gone == len(values) else f"{gone}/{len(values)} {DIVERGED}"
     mean = f"{values.mean():{form}}"
     return (
         mean if len(values) == 1 else f"{mean} ± {metrics.standard_error(values):.4f}"
@@ -435,7 +504,7 @@ def aligned(rows: Sequence[Sequence[str]]) -> str:
 
 def readable(content: dict[str, Any]) -> str:
     """Indented JSON, with a line for each row of numbers instead of each number."""
-    text = json.dumps(content, indent=1)
+    text = json.dumps(_nulls(content), indent=1, allow_nan=False)
     words, row = r'"(?:[^"\\]|\\.)*"', r'\[\s*([^\[\]{}"]*?)\s*\]'
 
     def shorter(found: re.Match[str]) -> str:
@@ -444,14 +513,45 @@ def readable(content: dict[str, Any]) -> str:
     return re.sub(f"{words}|{row}", shorter, text) + "\n"
 
 
-def _jsonable(value: Any) -> Any:
-    """Paths as text, tuples as lists, arrays as lists of rounded numbers."""
+def _plain(value: Any) -> Any:
+    """Paths as text, tuples as lists, arrays as lists of numbers of six digits."""
     if isinstance(value, dict):
-        return {key: _jsonable(item) for key, item in value.items()}
+        return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_jsonable(item) for item in value]
-    if isinstance(value, (np.ndarray, jax.Array)):
-        return np.round(np.asarray(value, np.float64), 6).tolist()
+        return [_plain(item) for item in value]
+    if isinstance(value, (np.ndarray, np.generic, jax.Array)):
+        array = np.asarray(value)
+        if array.dtype.kind in "biu":
+            return array.tolist()
+        return _plain_floats(array.astype(np.float64).tolist())
     if isinstance(value, Path):
         return str(value)
+    return value
+
+
+def _plain_floats(values: Any) -> Any:
+    """Numbers of six digits, however deep in lists."""
+    return [*map(_plain_floats, values)] if isinstance(values, list) else _digits(values)
+
+
+def _digits(value: Any) -> float:
+    """Six of them, wherever the point is."""
+    return float(f"{value:.6g}")
+
+
+def _nulls(value: Any) -> Any:
+    """``None`` for what is no finite number: JSON has no other word for it."""
+    if isinstance(value, dict):
+        return {key: _nulls(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_nulls(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _numbers(value: Any) -> Any:
+    """NaN for ``None`` in lists, as it was before it was written."""
+    if isinstance(value, dict):
+        return {key: _numbers(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [math.nan if x is None else _numbers(x) for x in value]
     return value

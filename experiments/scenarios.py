@@ -19,7 +19,16 @@ import si_jax
 from experiments import command, driver, split_mnist
 from experiments.driver import Method, Problem
 from experiments.export import measured
-from experiments.record import Record, aligned, cell, is_first, over_seeds
+from experiments.record import (
+    Record,
+    aligned,
+    best,
+    cell,
+    counts,
+    is_first,
+    number,
+    over_seeds,
+)
 from si_jax import data, ewc, figures, metrics, tasks
 from si_jax.data import Examples
 from si_jax.models import MLP
@@ -282,12 +291,23 @@ def chosen(
         },
     )
     after = np.asarray(metrics.average_accuracy(accuracy))
-    return strengths[choose(after.reshape(config.grid_seeds, -1))]
+    return strengths[choose(after.reshape(config.grid_seeds, -1), grid)]
 
 
-def choose(accuracy: np.ndarray) -> int:
-    """The strength of the best mean: ``(seeds, strengths)`` to an index."""
-    return int(accuracy.mean(axis=0).argmax())
+def choose(accuracy: np.ndarray, grid: str = "the grid") -> int:
+    """The strength of the best mean: ``(seeds, strengths)`` to an index.
+
+    One of whose seeds diverged is not chosen.
+    """
+    return best(accuracy.mean(axis=0), grid)
+
+
+def choices(accuracy: np.ndarray) -> list[str]:
+    """A cell a strength of ``(seeds, strengths)``: the mean, the best with a ``*``."""
+    cells = [f"{number(x)} " for x in accuracy.mean(axis=0)]
+    chosen = choose(accuracy)
+    cells[chosen] = cells[chosen].replace(" ", "*")
+    return cells
 
 
 def run(config: Config) -> None:
@@ -344,7 +364,7 @@ def report(config: Config, record: Record) -> None:
     found = {scenario: of for scenario, of in found.items() if of}
     print("\nHeld-out accuracy after all tasks, mean over the seeds; * is chosen")
     print(choice_table(config, runs))
-    every = {k: v for of in found.values() for k, v in of.items()}
+    every = {(s, name): run for s, of in found.items() for name, run in of.items()}
     print(f"\nSplit {name}: test accuracy after all tasks, " + over_seeds(every))
     print(table(found))
     for scenario, of in found.items():
@@ -365,10 +385,7 @@ def choice_table(config: Config, runs: dict[str, Any]) -> str:
             cells = [""] * len(names)
             if names and (grid := runs.get(grid_name(scenario, method))):
                 after = np.asarray(metrics.average_accuracy(grid["test"]))
-                accuracy = after.reshape(-1, len(names))
-                cells = [f"{x:.4f} " for x in accuracy.mean(0)]
-                best = choose(accuracy)
-                cells[best] = cells[best].replace(" ", "*")
+                cells = choices(after.reshape(-1, len(names)))
             columns.append(cells)
         rows += map(list, zip(names, *columns, strict=True))
     return aligned(shown(rows))
@@ -381,7 +398,10 @@ def shown(rows: list[list[str]]) -> list[list[str]]:
 
 
 def table(found: Mapping[str, Mapping[str, Any]]) -> str:
-    """A row a method, a column a scenario: accuracy averaged over the tasks."""
+    """A row a method, a column a scenario: accuracy averaged over the tasks.
+
+    The last row is how many seeds they have, where they differ.
+    """
     rows = [["", *found]]
     for method in Config().methods:
         row: list[str] = [method]
@@ -389,6 +409,9 @@ def table(found: Mapping[str, Mapping[str, Any]]) -> str:
             named = [run for name, run in of.items() if name.split(" c=")[0] == method]
             row += [cell(metrics.average_accuracy(x["test"])) for x in named] or [""]
         rows.append(row)
+    seeds = [counts(of) for of in found.values()]
+    if len(set(seeds)) > 1 or "to" in seeds[0]:
+        rows.append(["n", *seeds])
     return aligned([row for row in rows if any(row[1:])])
 
 

@@ -8,7 +8,7 @@ import optax
 from matplotlib.figure import Figure
 
 from experiments import command, driver, split_mnist
-from experiments.record import Record, is_first, summarize, table
+from experiments.record import Record, best, is_first, number, summarize, table
 from si_jax import figures, metrics
 
 GRID = "grid"
@@ -44,9 +44,12 @@ class Config(split_mnist.Setting):
 
 
 def choose(accuracy: np.ndarray) -> tuple[int, int]:
-    """The point of the best mean: ``(seeds, strengths, dampings)`` to two indices."""
+    """The point of the best mean: ``(seeds, strengths, dampings)`` to two indices.
+
+    None of whose seeds diverged.
+    """
     mean = accuracy.mean(axis=0)
-    strength, damping = np.unravel_index(np.argmax(mean), mean.shape)
+    strength, damping = np.unravel_index(best(mean, "the grid"), mean.shape)
     return int(strength), int(damping)
 
 
@@ -64,8 +67,8 @@ def run(config: Config) -> None:
         {"strength": config.strengths, "damping": config.dampings},
     )
     accuracy = np.asarray(metrics.average_accuracy(held_out))
-    best = choose(accuracy)
-    strength, damping = config.strengths[best[0]], config.dampings[best[1]]
+    chosen = choose(accuracy)
+    strength, damping = config.strengths[chosen[0]], config.dampings[chosen[1]]
     choice = f"si c={strength:g} ξ={damping:g}"
     driver.run_grid(
         config,
@@ -78,18 +81,18 @@ def run(config: Config) -> None:
         summarize,
     )
     if is_first():
-        report(config, record, accuracy, best, choice)
+        report(config, record, accuracy, chosen, choice)
 
 
 def report(
     config: Config,
     record: Record,
     accuracy: np.ndarray,
-    best: tuple[int, int],
+    chosen: tuple[int, int],
     choice: str,
 ) -> None:
     """Print and draw the grid and the choice, and write it as a configuration."""
-    strength, damping = config.strengths[best[0]], config.dampings[best[1]]
+    strength, damping = config.strengths[chosen[0]], config.dampings[chosen[1]]
     name = split_mnist.NAMES[config.data]
     print(f"\nSplit {name}: held-out accuracy after all tasks, mean of {config.seeds}")
     print(grid_table(accuracy.mean(axis=0), config))
@@ -97,7 +100,7 @@ def report(
         f"\nThe best: c = {strength:g}, ξ = {damping:g}. On the test set, fresh seeds:"
     )
     print(table({choice: record.runs[choice]}, "test", split_mnist.TITLES))
-    record.save("sweep", figure(accuracy, best, config))
+    record.save("sweep", figure(accuracy, chosen, config))
     record.write("chosen.toml", chosen_config(config, strength, damping))
     path = record.folder / "chosen.toml"
     print(f"\nRun it with: python -m experiments.split_mnist --config {path}")
@@ -115,7 +118,7 @@ def chosen_config(config: Config, strength: float, damping: float) -> str:
     )
 
 
-def figure(accuracy: np.ndarray, best: tuple[int, int], config: Config) -> Figure:
+def figure(accuracy: np.ndarray, chosen: tuple[int, int], config: Config) -> Figure:
     """The grid as a heat map, the choice framed."""
     return figures.heat_map(
         accuracy.mean(axis=0),
@@ -123,7 +126,7 @@ def figure(accuracy: np.ndarray, best: tuple[int, int], config: Config) -> Figur
         config.dampings,
         labels=("strength c", "damping ξ"),
         title=f"Held-out accuracy, mean of {config.seeds} seeds",
-        chosen=best,
+        chosen=chosen,
     )
 
 
@@ -131,7 +134,7 @@ def grid_table(mean: np.ndarray, config: Config) -> str:
     """The grid's mean accuracies: a row a strength, a column a damping."""
     head = "c \\ ξ".ljust(8) + "".join(f"{x:>10g}" for x in config.dampings)
     rows = [
-        f"{c:<8g}" + "".join(f"{x:10.4f}" for x in row)
+        f"{c:<8g}" + "".join(f"{number(x):>10}" for x in row)
         for c, row in zip(config.strengths, mean, strict=True)
     ]
     return "\n".join([head, *rows])

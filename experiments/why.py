@@ -346,6 +346,11 @@ def measure(
     def total(tree):
         return sum(np.sum(x, tuple(range(1, x.ndim))) for x in jax.tree.leaves(tree))
 
+    if not np.isfinite(total(end.params)).all():
+        raise command.UserError(
+            "A network diverged in the first task: there is nothing to measure. Lower "
+            "the learning rate."
+        )
     found = {}
     for name in CORRELATED:
         # A copy, as the boundary donates what it is given.
@@ -455,7 +460,7 @@ def report(config: Config, record: Record) -> None:
     if learned:
         print("\nHeld-out accuracy after all tasks, mean over the seeds; * is chosen")
         print(choice_table(config, runs))
-        over = over_seeds({str(k): x for k, x in learned.items()})
+        over = over_seeds(learned)
         print(f"\n{name}: test accuracy after all tasks, {over}")
         print(accuracy_table(runs))
         record.save("why", accuracy_figure(runs, f"{name}, {over}"))
@@ -538,10 +543,7 @@ def choice_table(config: Config, runs: dict[str, Any]) -> str:
         for batch_size in measured(runs):
             if grid := runs.get(grid_name(batch_size, name)):
                 after = np.asarray(metrics.average_accuracy(grid["test"]))
-                accuracy = after.reshape(-1, len(config.pulls))
-                cells = [f"{x:.4f} " for x in accuracy.mean(0)]
-                best = scenarios.choose(accuracy)
-                cells[best] = cells[best].replace(" ", "*")
+                cells = scenarios.choices(after.reshape(-1, len(config.pulls)))
                 rows.append([TITLES[name], str(batch_size), *cells])
     return aligned(rows)
 

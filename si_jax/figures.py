@@ -57,6 +57,17 @@ def _standard_error(curve: np.ndarray) -> np.ndarray:
     return np.nan_to_num(np.asarray(metrics.standard_error(curve)))
 
 
+def _finite(values: ArrayLike) -> list[float]:
+    """What can be drawn of some numbers."""
+    values = np.asarray(values)
+    return values[np.isfinite(values)].tolist()
+
+
+def _named(name: str, values: np.ndarray) -> str:
+    """For the legend: what diverged (NaN) is not drawn, and its name says so."""
+    return name if np.isfinite(values).all() else f"{name} (diverged)"
+
+
 def heat_map(
     values: ArrayLike,
     rows: Sequence[float],
@@ -69,7 +80,7 @@ def heat_map(
     """Accuracy over a grid of two hyperparameters, each value written in its cell.
 
     Args:
-      values: ``(rows, columns)``.
+      values: ``(rows, columns)``, NaN where a run diverged.
       rows: the values of the hyperparameter on the vertical axis.
       columns: those of the one on the horizontal axis.
       labels: the two hyperparameters' names.
@@ -93,12 +104,13 @@ def heat_map(
         figure = Figure(figsize=size, layout="constrained")
         axes = figure.subplots()
         image = axes.imshow(values, aspect="auto", origin="lower", cmap="viridis")
-        middle = (values.min() + values.max()) / 2
+        finite = values[np.isfinite(values)]
+        middle = (finite.min() + finite.max()) / 2 if finite.size else 0.0
         for (row, column), value in np.ndenumerate(values):
             axes.text(
                 column,
                 row,
-                f"{value:.4f}",
+                f"{value:.4f}" if np.isfinite(value) else "diverged",
                 ha="center",
                 va="center",
                 color="white" if value < middle else "black",
@@ -127,7 +139,7 @@ def accuracy_by_task(
 
     Args:
       matrices: for each method, accuracies ``(seeds, tasks, tasks)``: after each task
-        (rows), on each task (columns).
+        (rows), on each task (columns); NaN of a run that diverged.
       titles: a title for each task.
       chance: the accuracy of guessing.
       suptitle: a line over the figure.
@@ -158,12 +170,12 @@ def accuracy_by_task(
             curves = [(k, matrix[:, k:, k]) for k in range(count)] + [(0, so_far)]
             for panel, (first, curve) in zip(panels, curves, strict=True):
                 error = _standard_error(curve)
-                lowest = min(lowest, float((curve.mean(0) - error).min()))
+                lowest = min([lowest, *_finite(curve.mean(0) - error)])
                 panel.errorbar(
                     after[first:],
                     curve.mean(0),
                     error,
-                    label=name,
+                    label=_named(name, matrix),
                     color=colours[name],
                     marker=marker,
                     markersize=3,
@@ -240,7 +252,7 @@ def final_accuracy(
                     yerr=accuracy.std(0, ddof=1) if len(accuracy) > 1 else None,
                     capsize=2,
                     error_kw={"linewidth": 0.8},
-                    label=method,
+                    label=_named(method, accuracy),
                 )
             panel.axhline(chance, color="0.3", ls=":", linewidth=1, label="chance")
             panel.set_ylabel(label)
@@ -306,7 +318,7 @@ def average_accuracy(
                 panel.plot(
                     after,
                     mean,
-                    label=name,
+                    label=_named(name, curve),
                     color=colours[name],
                     marker=marker,
                     markersize=3,
@@ -335,16 +347,19 @@ def average_accuracy(
                 (single, "single task", ":"),
             ):
                 if control is not None:
+                    named = _named(label, np.asarray(control))
                     level = float(np.asarray(control).mean())
-                    panel.axhline(level, color="0.4", linestyle=style, label=label)
+                    panel.axhline(level, color="0.4", linestyle=style, label=named)
             panel.set_ylabel("Average accuracy")
         # The upper part: about the best method and what it might reach.
         means = [np.asarray(x).mean(0) for x in curves.values()]
-        best = max(mean[-1] for mean in means)
+        ends = _finite([mean[-1] for mean in means])
         controls = [np.mean(np.asarray(x)) for x in (single, joint) if x is not None]
-        top = max([*(np.max(mean) for mean in means), *controls])
-        zoom.set_ylim(2 * best - top - 0.01, top + 0.003)
-        lowest = min(np.min(mean) for mean in means)
+        every = _finite(np.concatenate([*means, controls]))
+        if ends:
+            top = max(every)
+            zoom.set_ylim(2 * max(ends) - top - 0.01, top + 0.003)
+        lowest = min(_finite(np.concatenate(means)), default=1.0)
         whole.set_ylim(min(0.4, lowest - 0.02), 1.02)
         whole.set_xticks(range(1, tasks + 1))
         whole.set_xlabel("Tasks learned")
@@ -409,9 +424,13 @@ def scenarios(
         axes[0, 0].set_ylabel("Average accuracy")
         axes[0, 0].set_ylim(0, 1.02)
         figure.suptitle(suptitle or "", fontsize=STYLE["font.size"])
+        every = {
+            name: [np.ravel(of[name]) for of in panels.values() if name in of]
+            for name in names
+        }
         figure.legend(
             [lines[name] for name in names],
-            names,
+            [_named(name, np.concatenate(values)) for name, values in every.items()],
             loc="outside lower center",
             ncols=len(names),
             frameon=False,
@@ -459,7 +478,7 @@ def frontier(
                 y.mean(0),
                 _standard_error(y),
                 _standard_error(x),
-                label=name,
+                label=_named(name, np.stack([x, y])),
                 color=colour,
                 marker=marker,
                 linestyle=line,
@@ -548,7 +567,8 @@ def correlations(matrices: Mapping[str, Mapping[str, ArrayLike]]) -> Figure:
         }
         for method, layers in matrices.items()
     }
-    limit = max(np.nanmax(np.abs(x)) for of in others.values() for x in of.values())
+    every = [np.abs(x).ravel() for of in others.values() for x in of.values()]
+    limit = max(_finite(np.concatenate(every)), default=1.0)
     with matplotlib.rc_context(STYLE):
         size = (2.2 * columns + 0.8, 2.2 * rows + 0.3)
         figure = Figure(figsize=size, layout="constrained")

@@ -65,3 +65,37 @@ def test_figure_6_has_room_for_its_title_and_legend(tasks):
     for drawn in (*figure.texts, *figure.legends):
         extent = drawn.get_window_extent()
         assert figure.bbox.x0 <= extent.x0 < extent.x1 <= figure.bbox.x1
+
+
+def test_what_diverged_is_named_and_the_rest_is_drawn_as_ever():
+    good = np.array([[[0.9, 0.5], [0.7, 1.0]]])
+    gone, curve = np.full_like(good, np.nan), np.array([[0.9, 0.8]])
+    for both in ({"a": gone, "b": good}, {"b": good, "a": gone}):
+        for figure in (
+            figures.accuracy_by_task(both, ["1", "2"], chance=0.5),
+            figures.scenarios({"one": both, "other": {"b": good}}),
+            figures.scenarios({"one": {"b": good}, "other": both}),
+            figures.final_accuracy(
+                {"": {k: x[:, -1] for k, x in both.items()}}, ["1", "2"], chance=0.5
+            ),
+            figures.average_accuracy(
+                {k: x[:, -1] for k, x in both.items()}, joint=[np.nan]
+            ),
+            figures.frontier(both, start=[[1.0, 2.0]], labels=["x", "y"]),
+        ):
+            figure.draw_without_rendering()
+            names = {text.get_text() for text in figure.legends[0].get_texts()}
+            assert {"a (diverged)", "b"} <= names
+    alone, beside = (
+        figures.average_accuracy({"b": curve} | more)
+        for more in ({}, {"a": np.full_like(curve, np.nan)})
+    )
+    for panel, same in zip(alone.axes, beside.axes, strict=True):
+        assert panel.get_ylim() == same.get_ylim()
+    figures.average_accuracy({"a": gone[:, -1]}).draw_without_rendering()
+
+    for values in ([[0.9, np.nan]], [[np.nan, np.nan]]):
+        figure = figures.heat_map(values, [1], [1, 2], labels=("c", "ξ"), title="t")
+        figure.draw_without_rendering()
+        assert figure.axes[0].texts[1].get_text() == "diverged"
+    figures.correlations({"a": {"layer": gone[0]}}).draw_without_rendering()

@@ -12,7 +12,18 @@ import numpy as np
 import pytest
 
 from experiments.command import Options, UserError
-from experiments.record import Record, aligned, over_seeds, summarize, table, versions
+from experiments.record import (
+    Record,
+    aligned,
+    best,
+    cell,
+    number,
+    over_seeds,
+    statistics,
+    summarize,
+    table,
+    versions,
+)
 from si_jax import figures
 
 MATRIX = np.array([[[1.0, 0.5], [0.75, 1.0]], [[1.0, 0.5], [0.25, 1.0]]])
@@ -204,6 +215,110 @@ def test_one_seed_has_no_spread():
     mixed = one | {"sgd": RUN}
     assert over_seeds(mixed) == "mean ± SEM, n = 1 to 2"
     assert table(mixed, "test", ["a", "b"]).splitlines()[-1].split() == ["n", "1", "2"]
+
+
+GONE = MATRIX.copy()
+GONE[1, 1:] = np.nan  # the second seed, in the second task
+
+
+def strict(text):
+    """JSON as the standard has it: there is no NaN in it."""
+
+    def no(constant):
+        raise AssertionError(f"{constant} is not JSON")
+
+    return json.loads(text, parse_constant=no)
+
+
+def test_a_run_that_diverged_is_marked_and_comes_back_as_it_was(tmp_path):
+    """In another process, and when seeds are added."""
+    record = Record("e", Config(out=tmp_path))
+    loss = np.array([np.inf, np.nan, 0.5])
+    record.log(method="si", seeds="0-2", position=0, loss=loss, drop=np.float32("nan"))
+    line = strict((tmp_path / "metrics.jsonl").read_text())
+    assert (line["loss"], line["drop"]) == ([None, None, 0.5], None)
+    record.add("si", RUN | {"test": GONE})
+    record.add("sgd", RUN)
+    written = strict((tmp_path / "results.json").read_text())
+    assert written["runs"]["si"]["test"][1][1] == [None, None]
+    assert written["runs"]["si"]["diverged"] == [1]
+    assert "diverged" not in written["runs"]["sgd"]
+    assert written["summary"]["si"]["test"]["average_accuracy"] == {
+        **{"mean": None, "sem": None, "std": None},
+        **{"n": 2, "diverged": 1},
+    }
+    assert written["summary"]["si"]["train"] == written["summary"]["sgd"]["train"]
+    assert "si,1,test,average_accuracy,,,NaN" in (tmp_path / "results.csv").read_text()
+
+    again = Record("e", Config(out=tmp_path))
+    np.testing.assert_array_equal(again.runs["si"]["test"], GONE)
+    rows = table(again.runs, "test", ["a", "b"]).splitlines()
+    assert " ".join(rows[1].split()) == "a 1/2 diverged 0.5000 ± 0.2500"
+    again.add("si", RUN | {"test": GONE})
+    assert again.runs["si"]["diverged"] == [1, 3]
+    assert strict((tmp_path / "results.json").read_text())["runs"]["si"]["parts"]
+
+
+def test_where_all_seeds_diverged_there_is_one_word():
+    assert cell([np.nan, np.nan]) == cell([np.inf]) == number(np.nan) == "diverged"
+    assert cell([0.5, np.nan, np.nan]) == "2/3 diverged"
+
+
+def test_what_diverged_is_never_the_best():
+    assert best([np.nan, 0.1, 0.3, np.inf], "si") == 2
+    assert best([[np.nan, 0.1], [np.nan, -0.3]], "si") == 1
+    with pytest.raises(UserError, match="si diverged in all that was tried"):
+        best([np.nan, np.nan], "si")
+
+
+def test_numbers_have_six_digits_however_small_or_large(tmp_path):
+    record = Record("e", Config(out=tmp_path))
+    values = np.array([1e-7, 1.23456789e-9, 0.1234567, 4194304.25, -0.0])
+    record.log(method="si", seeds="0-0", position=10_000_019, loss=values)
+    line = strict((tmp_path / "metrics.jsonl").read_text())
+    assert line["loss"] == [1e-7, 1.23457e-9, 0.123457, 4194300.0, 0.0]
+    assert line["position"] == 10_000_019
+    points = {"seed": np.array([1_000_001]), "damping": [1.23456789]}
+    record.add("grid", {"points": points, "n": np.int64(10_000_019)}, lambda _: {})
+    points = {"seed": [1_000_001], "damping": [1.23456789]}
+    assert record.runs["grid"] == {"points": points, "n": 10_000_019}
+    assert statistics(values[:1])["mean"] == 1e-7
+
+
+@pytest.mark.parametrize(
+    "path", sorted((Path(__file__).parent.parent / "experiments/results").glob("*.json"))
+)
+def test_committed_records_are_read_and_written_as_they_are(path, tmp_path):
+    content = strict(path.read_text())
+    record = Record("e", Config(out=tmp_path))
+    record.content["runs"] = content.get("runs", {})
+    record.note("name", 1.0)
+    runs = json.loads((tmp_path / "results.json").read_text())["runs"]
+    assert runs == content.get("runs", {})
+    assert Record("e", Config(out=tmp_path)).runs == content.get("runs", {})
+
+
+def test_a_run_that_went_on_under_other_versions_names_both(tmp_path, monkeypatch):
+    """Of those it shared its first task with, too; what was added later is a part."""
+    record = Record("e", Config(out=tmp_path))
+    here = record.content["versions"]
+    older, newer = ({**here, "jaxlib": x} for x in ("0.0.1", "99.0"))
+    record.keep_versions(["si seeds 0-1", "first task seeds 0-1"], [older, here])
+    record = Record("e", Config(out=tmp_path))
+    assert record.trained_by("first task seeds 0-1") == [older, here]
+    assert record.trained_by("sgd seeds 0-1") == []
+    record.add("si", RUN)
+    record.add("sgd", RUN)
+    assert record.runs["si"]["earlier_versions"] == [older]
+    assert "versions" not in record.runs["si"]
+    assert "earlier_versions" not in record.runs["sgd"]
+    monkeypatch.setattr("experiments.record.versions", lambda: newer)
+    record.keep_versions(["si seeds 2-3"], [here, newer])
+    record.add("si", RUN)
+    found = Record("e", Config(out=tmp_path)).runs["si"]["parts"]
+    names = [(x["versions"], x["earlier_versions"]) for x in found]
+    assert names == [(here, [older]), (newer, [here])]
+    assert Record("e", Config(out=tmp_path, overwrite=True)).trained_by("si") == []
 
 
 def test_seeds_are_added_to_a_record_and_none_taken_away(tmp_path, monkeypatch):
