@@ -10,6 +10,12 @@ def test_the_best_mean_is_chosen():
     accuracy[:, 1, 2] = 0.8
     accuracy[0, 2, 3] = 1.0  # one lucky seed
     assert sweep.choose(accuracy) == (1, 2)
+    accuracy[1, 1, 2] = np.nan  # a seed diverged
+    accuracy[:, 0, 1] = 0.7
+    assert sweep.choose(accuracy) == (0, 1)
+    config = sweep.Config(strengths=(1, 2, 3), dampings=(1, 2, 3, 4))
+    row = sweep.grid_table(accuracy.mean(0), config).splitlines()[2]
+    assert row.split() == ["2", "0.0000", "0.0000", "diverged", "0.0000"]
 
 
 @pytest.mark.parametrize(

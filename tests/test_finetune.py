@@ -239,11 +239,16 @@ def test_the_best_is_chosen_on_the_half_that_is_there_for_it():
     }
     runs["si c=10"]["choice"] = [[(1.0, 1.0)]] * 2
     assert finetune.choose(Config(**TOY), runs)["si"] == ("si c=10", 0)
+    runs["si c=10"]["choice"] = [[(1.0, 1.0)], [(np.nan, 1.0)]]  # a seed diverged
+    assert finetune.choose(Config(**TOY), runs)["si"] == ("si c=0.1", 0)
+    runs["si c=0.1"]["choice"] = [[(np.nan, np.nan)]] * 2
+    with pytest.raises(UserError, match="si diverged in all that was tried"):
+        finetune.choose(Config(**TOY), runs)
 
 
 def test_what_learns_less_has_no_loss_at_that_level():
     assert np.isnan(finetune._crossing(np.array([4.0, 3.5]), np.zeros(2), 3.0))
-    assert finetune.cells(np.array([1.0, np.nan])) == "–"
+    assert finetune.cells(np.array([1.0, np.nan])) == "diverged"
 
 
 def test_shipped_configurations_parse():

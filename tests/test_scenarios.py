@@ -1,6 +1,7 @@
 """The scenarios, the methods in them, and what is chosen, on made-up digits."""
 
 import json
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 from experiments import command, driver, scenarios
+from experiments.command import UserError
 from si_jax import figures, importance
 from si_jax.models import MLP, mask_logits
 from si_jax.tasks import look_up
@@ -191,6 +193,34 @@ def test_the_best_mean_is_chosen_and_starred(make_config):
         ["si", "c=0", "0.5000"],
         ["si", "c=10", "0.6000*"],
     ]
+
+
+def test_a_strength_at_which_a_seed_diverged_is_not_chosen(make_config):
+    accuracy = np.array([[0.5, 0.9], [0.5, np.nan]])
+    assert scenarios.choose(accuracy) == 0
+    grid = {scenarios.grid_name("domain", "si"): {"test": accuracy.reshape(4, 1, 1)}}
+    lines = scenarios.choice_table(make_config(grid_seeds=2), grid).splitlines()
+    assert [line.split()[-1] for line in lines[1:]] == ["0.5000*", "diverged"]
+    with pytest.raises(UserError, match="domain: si, grid diverged in all"):
+        scenarios.choose(accuracy * np.nan, "domain: si, grid")
+
+
+def test_seeds_are_counted_in_every_scenario(capsys):
+    """Ten of one and three of the others, whose methods have the same names."""
+    shown = []
+    runs = {
+        f"{scenario}: joint": {"test": np.ones((n, 1, 2)), "seconds": 1.0}
+        for scenario, n in (("task", 10), ("domain", 3), ("class", 3))
+    }
+    record = SimpleNamespace(
+        runs=runs, folder="there", save=lambda _, figure: shown.append(figure)
+    )
+    scenarios.report(scenarios.Config(), record)
+    said = capsys.readouterr().out
+    assert "test accuracy after all tasks, mean ± SEM, n = 3 to 10" in said
+    rows = [line.split() for line in said.splitlines() if line.startswith("n ")]
+    assert rows == [["n", "10", "3", "3"]]
+    assert "n = 3 to 10" in shown[0].get_suptitle()
 
 
 def test_tables_have_a_row_a_method():

@@ -483,6 +483,76 @@ def test_added_seeds_are_what_all_at_once_gives(tmp_path):
         run_some("added", 2, "si")
 
 
+def test_what_diverges_is_said_and_kept(tmp_path, capsys):
+    """The second of two runs, in the second task: its first accuracies stay."""
+    config = Config(out=tmp_path, seeds=2)
+    problem = driver.Problem(TRAIN, TEST, TRAIN_TASKS, TEST_TASKS)
+
+    def make_learner(strength, damping, number):
+        pieces = plain(strength)
+
+        def finish(carry, examples, task, key):
+            carry = pieces.finish(carry, examples, task, key)
+            gone = (number == 1) & task.classes[2]
+            params = jax.tree.map(lambda x: jnp.where(gone, jnp.nan, x), carry.params)
+            return carry._replace(params=params)
+
+        return pieces._replace(finish=finish)
+
+    record = Record("blobs", config)
+    numbers = {"number": np.arange(2)}
+    methods = {"si": driver.Method(make_learner, 0.3, given=lambda _: numbers)}
+    driver.run_methods(config, methods, lambda _: problem, record)
+    gone = np.isnan(record.runs["si"]["test"])
+    assert gone.any(2).tolist() == [[False, False], [False, True]]
+    assert record.runs["si"]["diverged"] == [1]
+    first, second = capsys.readouterr().out.splitlines()
+    assert "diverged" not in first
+    assert "task 2/2, held-out accuracy so far nan, 1 of 2 diverged" in second
+
+
+def test_a_run_that_goes_on_under_other_versions_names_both(tmp_path, monkeypatch):
+    """Also where only the task that it shares with another was trained before."""
+    config = Config(out=tmp_path, epochs=2)
+    problem = driver.Problem(TRAIN, TEST, TRAIN_TASKS, TEST_TASKS)
+    here = driver.versions()
+
+    def version(number):
+        found = {**here, "jaxlib": number}
+        for place in ("driver", "record"):
+            monkeypatch.setattr(f"experiments.{place}.versions", lambda: found)
+        return found
+
+    def make_learner(strength, damping):
+        del damping
+        return make(strength)
+
+    arm = functools.partial(driver.Method, make_learner, first_task="first task")
+    first = version("1")
+    record, log = Record("blobs", config), Record.log
+    driver.run_methods(config, {"a": arm(0.3)}, lambda _: problem, record)
+    assert not {"versions", "earlier_versions"} & set(record.runs["a"])
+
+    second = version("2")  # b begins with what the first has left
+
+    def stop(record, **entry):
+        log(record, **entry)
+        if entry["position"] == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Record, "log", stop)
+    config = dataclasses.replace(config, checkpoint_every=1)
+    with pytest.raises(KeyboardInterrupt):
+        driver.run_methods(config, {"b": arm(0.5)}, lambda _: problem, record)
+    monkeypatch.setattr(Record, "log", log)
+    third = version("3")
+    record = Record("blobs", config)
+    driver.run_methods(config, {"b": arm(0.5)}, lambda _: problem, record)
+    run = json.loads((tmp_path / "results.json").read_text())["runs"]["b"]
+    assert run["versions"] == third
+    assert run["earlier_versions"] == [first, second]
+
+
 def test_finish_merges_the_fisher_information_of_the_tasks_examples():
     tx = optax.chain(ewc.elastic_weight_consolidation(1.0), optax.sgd(0.1))
     tx = si_jax.with_synaptic_intelligence(tx, 0.0)
