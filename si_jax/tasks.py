@@ -53,7 +53,7 @@ def split_classes(
 
     Args:
       labels: int ``(examples,)``, the data set's labels.
-      groups: the classes of each task.
+      groups: the classes of each task; an array ``(tasks, classes)`` will do.
       outputs: the number of the network's outputs.
 
     Returns:
@@ -71,6 +71,7 @@ def split_classes(
       >>> print(task.classes[1])
       [False False  True  True]
     """
+    groups = [[int(k) for k in group] for group in groups]
     if not groups:
         raise ValueError("there must be at least one group of classes.")
     labels = np.asarray(labels)
@@ -82,7 +83,7 @@ def split_classes(
             raise ValueError(f"the data set has no examples of the classes {group}.")
         if not 0 <= min(group) <= max(group) < outputs:
             raise ValueError(f"classes {group} do not fit into {outputs} outputs.")
-        row[list(group)] = True
+        row[group] = True
     index = np.zeros((len(groups), max(sizes)), np.int32)
     for row, m in zip(index, members, strict=True):
         row[: len(m)] = m

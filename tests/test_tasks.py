@@ -18,8 +18,17 @@ def test_split_classes_partitions_the_examples():
     assert split.classes.tolist() == expected
 
 
+def test_groups_may_be_arrays():
+    """Such as a permutation of the classes, drawn from a seed."""
+    wanted = tasks.split_classes(LABELS, [(3, 0), (2, 1)], outputs=4)
+    pairs = np.array([[3, 0], [2, 1]])
+    for groups in (pairs, jnp.asarray(pairs), list(pairs), [range(3, -1, -3), {1, 2}]):
+        found = tasks.split_classes(LABELS, groups, outputs=4)
+        jax.tree.map(np.testing.assert_array_equal, found, wanted)
+
+
 def test_split_classes_refuses_what_is_not_there():
-    with pytest.raises(ValueError, match=r"no examples of the classes \(8, 9\)"):
+    with pytest.raises(ValueError, match=r"no examples of the classes \[8, 9\]"):
         tasks.split_classes(LABELS, [(0, 1), (8, 9)], outputs=10)
     with pytest.raises(ValueError, match="at least one group"):
         tasks.split_classes(LABELS, [], outputs=3)
