@@ -422,7 +422,9 @@ def consolidate(opt_state: optax.OptState, params: optax.Params) -> optax.OptSta
     Intelligence by type wherever it sits inside ``opt_state``: in a chain, masked,
     partitioned, under ``MultiSteps``, in a Flax ``TrainState``'s or an
     ``nnx.Optimizer``'s state. The rest of ``opt_state`` is returned as it is; see
-    :func:`reset_optimizer` to start the next task with fresh moments.
+    :func:`reset_optimizer` to start the next task with fresh moments. An
+    ``nnx.Optimizer`` takes the new state in place:
+    ``nnx.update(optimizer.opt_state, nnx.state(opt_state))``.
 
     Args:
       opt_state: the state of an optimizer that contains

@@ -82,6 +82,8 @@ def plain(form):
     params, opt_state = run(make(form))
     penalty = si_jax.surrogate_loss(opt_state, params)
     assert penalty > 1e-4
+    free, _ = run(make(form, 0.0))
+    assert jnp.abs(free["kernel"] - params["kernel"]).max() > 1e-3, "SI does nothing"
     return params, *si_jax.synapses(opt_state), penalty
 
 
@@ -340,47 +342,170 @@ def test_linen_train_state(form):
 
 
 class Model(nnx.Module):
-    def __init__(self):
-        self.kernel, self.bias = (nnx.Param(init()[n]) for n in ("kernel", "bias"))
+    def __init__(self, params=None):
+        params = params or init()
+        self.kernel, self.bias = nnx.Param(params["kernel"]), nnx.Param(params["bias"])
         self.calls = nnx.Variable(jnp.zeros((), jnp.int32))
 
     def loss(self, *batch):
         self.calls[...] += 1
-        return loss({"kernel": self.kernel[...], "bias": self.bias[...]}, *batch)
+        kernel, bias = self.kernel[...][:, :3], self.bias[...][:3]  # all, or it grew
+        return loss({"kernel": kernel, "bias": bias}, *batch)
 
 
-def nnx_run(tx, compiled):
-    model, traces = Model(), []
-    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+def put_back(optimizer, opt_state):
+    """What the README and the guides say: in place."""
+    nnx.update(optimizer.opt_state, nnx.state(opt_state))
+
+
+def nnx_begin(tx, model, optimizer):
+    params = nnx.state(model, nnx.Param)
+    put_back(optimizer, si_jax.consolidate(optimizer.opt_state, params))
+    put_back(optimizer, si_jax.reset_optimizer(tx, optimizer.opt_state, params))
+
+
+def nnx_optimizer(model, tx):
+    return nnx.Optimizer(model, tx, wrt=nnx.Param)
+
+
+def nnx_update(optimizer, model, grads):
+    if isinstance(optimizer, nnx.ModelAndOptimizer):
+        optimizer.update(grads)
+    else:
+        optimizer.update(model, grads)
+
+
+def compiled(model, optimizer, bind=functools.partial):
+    """A step, and the list of its traces."""
+    traces = []
 
     @nnx.jit
-    def step(model, optimizer, *batch):
-        traces.append(batch)
-        optimizer.update(model, nnx.grad(Model.loss)(model, *batch))
+    def step(model, optimizer, task, i):
+        traces.append(i)
+        grads = nnx.grad(Model.loss)(model, task, i)
+        nnx_update(optimizer, model, grads)
 
-    @compiled
-    def begin(model, optimizer):
-        params = nnx.state(model, nnx.Param)
-        optimizer.opt_state = si_jax.consolidate(optimizer.opt_state, params)
-        optimizer.opt_state = si_jax.reset_optimizer(tx, optimizer.opt_state, params)
+    return bind(step, model, optimizer), traces
 
+
+def cached(model, optimizer):
+    return compiled(model, optimizer, nnx.cached_partial)
+
+
+def scanned(model, optimizer):
+    """Two steps in a scan, when the second of them is due."""
+    traces = []
+
+    @nnx.jit
+    def steps(model, optimizer, task, indices):
+        traces.append(indices)
+
+        @nnx.scan(in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
+        def body(carry, i):
+            model, optimizer, task = carry
+            grads = nnx.grad(Model.loss)(model, task, i)
+            nnx_update(optimizer, model, grads)
+            return carry
+
+        body((model, optimizer, task), indices)
+
+    def step(task, i):
+        if i % 2:
+            steps(model, optimizer, task, jnp.stack([i - 1, i]))
+
+    return step, traces
+
+
+def nnx_run(tx, bound=compiled, begin=nnx_begin, optimizer=nnx_optimizer):
+    model = Model()
+    optimizer = optimizer(model, tx)
+    step, traces = bound(model, optimizer)
     for task, i, begins in schedule():
         if begins:
-            begin(model, optimizer)
-        step(model, optimizer, task, i)
+            begin(tx, model, optimizer)
+        step(jnp.float32(task), jnp.int32(i))
     assert len(traces) == 1
     return nnx.state(model, nnx.Param), optimizer
 
 
-@pytest.mark.parametrize("compiled", [nnx.jit, same], ids=["jit", "eager"])
+@pytest.mark.parametrize("bound", [compiled, cached, scanned])
+@pytest.mark.parametrize("optimizer", [nnx_optimizer, nnx.ModelAndOptimizer])
 @forms
-def test_nnx_optimizer(form, compiled):
-    """Assigning ``optimizer.opt_state`` puts the new state back, without a retrace."""
+def test_nnx_optimizers(form, optimizer, bound):
+    """A state that is put back in place is trained with, without a retrace."""
     tx = make(form)
-    params, optimizer = nnx_run(tx, compiled)
+    params, optimizer = nnx_run(tx, bound, optimizer=optimizer)
+    assert_as_plain(form, tx, params, optimizer.opt_state, nnx.to_pure_dict)
+
+
+@forms
+def test_nnx_optimizer_between_tasks_in_a_compiled_function(form):
+    tx = make(form)
+    begin = nnx.jit(nnx_begin, static_argnums=0)
+    params, optimizer = nnx_run(tx, cached, begin)
     assert_as_plain(form, tx, params, optimizer.opt_state, nnx.to_pure_dict)
     penalty = nnx.jit(lambda o, p: si_jax.surrogate_loss(o.opt_state, p))
     np.testing.assert_allclose(penalty(optimizer, params), plain(form)[-1], **CLOSE)
+
+
+def pulled(tx, params, opt_state):
+    """Where some steps lead from a state, in plain optax."""
+
+    @jax.jit
+    def step(params, opt_state, i):
+        def first(params):
+            kernel, bias = params["kernel"][:, :3], params["bias"][:3]
+            return loss({"kernel": kernel, "bias": bias}, 1.0, i)
+
+        updates, opt_state = tx.update(jax.grad(first)(params), opt_state, params)
+        return optax.apply_updates(params, updates), opt_state
+
+    for i in range(STEPS):
+        params, opt_state = step(params, opt_state, i)
+    return params
+
+
+@forms
+def test_importance_that_is_added_in_place_reaches_a_cached_step(form):
+    tx, model = make(form, 5.0), Model()
+    optimizer = nnx_optimizer(model, tx)
+    step, _ = cached(model, optimizer)
+    step(jnp.float32(0), jnp.int32(0))
+    params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    updates, opt_state = tx.update(grad(init(), 0, 0), tx.init(init()), init())
+    chex.assert_trees_all_close(params, optax.apply_updates(init(), updates))
+    free = pulled(tx, params, opt_state)
+
+    ones = optax.tree.ones_like(nnx.state(model, nnx.Param))
+    put_back(optimizer, si_jax.add_importance(optimizer.opt_state, ones))
+    for i in range(STEPS):
+        step(jnp.float32(1), jnp.int32(i))
+    held = pulled(tx, params, si_jax.add_importance(opt_state, nnx.to_pure_dict(ones)))
+    actual = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    chex.assert_trees_all_close(actual, held, **CLOSE)
+    assert jnp.abs(free["kernel"] - held["kernel"]).max() > 1e-2
+
+
+@forms
+def test_memory_of_a_model_that_grew_reaches_its_own_cached_step(form):
+    """Other shapes cannot be put back in place: the optimizer and the step are new."""
+    tx = make(form, 5.0)
+    _, old = nnx_run(tx, cached)
+    params, opt_state = run(tx)
+    grown = jax.tree.map(
+        lambda x: jnp.concatenate([x, jnp.ones_like(x[..., :1])], -1), params
+    )
+    model = Model(grown)
+    optimizer = nnx_optimizer(model, tx)
+    put_back(optimizer, si_jax.carry_over(old.opt_state, into=optimizer.opt_state))
+    step, _ = cached(model, optimizer)
+    for i in range(STEPS):
+        step(jnp.float32(1), jnp.int32(i))
+    carried = si_jax.carry_over(opt_state, into=tx.init(grown))
+    held, free = (pulled(tx, grown, state) for state in (carried, tx.init(grown)))
+    actual = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    chex.assert_trees_all_close(actual, held, **CLOSE)
+    assert jnp.abs(free["kernel"] - held["kernel"]).max() > 1e-3
 
 
 @forms
@@ -388,7 +513,7 @@ def test_nnx_optimizer_with_a_mask(form):
     seen = functools.partial(jax.tree.map, lambda x: x.ndim == 1)
     hidden = functools.partial(jax.tree.map, lambda x: x.ndim != 1)
     tx = optax.chain(optax.masked(make(form), seen), optax.masked(ADAM, hidden))
-    params, optimizer = nnx_run(tx, same)
+    params, optimizer = nnx_run(tx)
     expected, states = run_apart(bias=make(form), kernel=ADAM)
     chex.assert_trees_all_close(nnx.to_pure_dict(params), expected, **CLOSE)
     np.testing.assert_allclose(
