@@ -1,5 +1,6 @@
 """Models too large for one device: the state lies where its parameters lie."""
 
+import functools
 import re
 
 import chex
@@ -9,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
-from problem import FORMS, OPTIMIZERS
+from problem import FORMS, OPTIMIZERS, lenient
 
 import si_jax
 
@@ -106,32 +107,95 @@ def test_updating_and_consolidating_move_nothing_between_devices(form, mesh):
         assert not re.search("all-(gather|reduce|to-all)|collective-permute", text)
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_data_parallel_training_by_shard_map(form):
-    """The guide's way: every device its part of the batch, gradients averaged."""
-    tx = FORMS[form](OPTIMIZERS["adam"], 0.5, 0.01)
-    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+# --- Every device its part of the batch, and all of the parameters --------------------
 
+
+def shard_map(step, **kwargs):
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    whole, part = PartitionSpec(), PartitionSpec("data")
+    specs = {"in_specs": (whole, whole, part, part), "out_specs": whole}
+    return jax.jit(jax.shard_map(step, mesh=mesh, **specs, **kwargs))
+
+
+def pmap(step):
+    """Called like the others: of what every device has, the first is taken."""
+    on_all = jax.pmap(step, "data", in_axes=(None, None, 0, 0))
+
+    def call(params, opt_state, x, y):
+        x, y = (jnp.reshape(a, (4, -1, a.shape[-1])) for a in (x, y))
+        return jax.tree.map(lambda a: a[0], on_all(params, opt_state, x, y))
+
+    return call
+
+
+def mean_loss(params, x, y):
+    return jax.lax.pmean(loss(params, x, y), "data")
+
+
+def of_both(params, x, y):
+    """The guide's way."""
+    return jax.lax.pmean(jax.grad(mean_loss)(params, x, y), "data")
+
+
+def of_gradients(params, x, y):
+    return jax.lax.pmean(jax.grad(loss)(params, x, y), "data")
+
+
+def run_parallel(tx, parallel, gradient):
     def step(params, opt_state, x, y):
-        grads = jax.lax.pmean(jax.grad(loss)(params, x, y), "data")
-        updates, opt_state = tx.update(grads, opt_state, params)
+        updates, opt_state = tx.update(gradient(params, x, y), opt_state, params)
         return optax.apply_updates(params, updates), opt_state
 
-    whole, part = PartitionSpec(), PartitionSpec("data")
-    on_all = jax.jit(
-        jax.shard_map(
-            step,
-            mesh=mesh,
-            in_specs=(whole, whole, part, part),
-            out_specs=whole,
-            check_vma=False,
-        )
-    )
+    on_all = parallel(step)
     params, opt_state = init(), tx.init(init())
     for i, x, y in batches():
         params, opt_state = on_all(params, opt_state, x, y)
         if i % 4 == 3:
             opt_state = si_jax.consolidate(opt_state, params)
-    expected, _ = run(tx, init())
-    for name, value in expected.items():
-        np.testing.assert_allclose(params[name], value, rtol=1e-4, atol=1e-6)
+    return params, opt_state
+
+
+unchecked = functools.partial(shard_map, check_vma=False)
+
+
+@pytest.mark.parametrize(
+    ("parallel", "mean"),
+    [
+        (shard_map, of_both),
+        (shard_map, jax.grad(mean_loss)),
+        (unchecked, of_both),
+        (unchecked, of_gradients),
+        (pmap, of_both),
+        (pmap, of_gradients),
+    ],
+)
+@pytest.mark.parametrize("form", FORMS)
+def test_data_parallel_training_equals_one_device(form, parallel, mean):
+    tx = FORMS[form](OPTIMIZERS["adam"], 0.5, 0.01)
+    params, opt_state = run_parallel(tx, parallel, mean)
+    expected, state = run(tx, init())
+    chex.assert_trees_all_close(params, expected, rtol=1e-4, atol=1e-6)
+    omega, expected = (si_jax.synapses(s).importance for s in (opt_state, state))
+    assert max(x.max() for x in expected.values()) > 1
+    chex.assert_trees_all_close(omega, expected, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_sum_taken_for_a_mean_shows_in_what_was_earned(form):
+    """Adam hides it: Σω against the drop of the loss does not."""
+    tx = FORMS[form](lenient(optax.adam(1e-3)))
+    _, x, y = next(batches())
+    for reduce, times in ((jax.lax.pmean, 1), (jax.lax.psum, 4)):
+
+        def step(params, opt_state, x, y, reduce=reduce):
+            grads = reduce(jax.grad(loss)(params, x, y), "data")
+            updates, opt_state = tx.update(grads, opt_state, params)
+            return optax.apply_updates(params, updates), opt_state
+
+        on_all = unchecked(step)
+        params, opt_state = init(), tx.init(init())
+        for _ in range(20):
+            params, opt_state = on_all(params, opt_state, x, y)
+        drop = loss(init(), x, y) - loss(params, x, y)
+        earned = sum(si_jax.diagnose(opt_state, params).path_integral.values())
+        np.testing.assert_allclose(earned, times * drop, rtol=0.1)
