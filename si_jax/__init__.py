@@ -1,5 +1,9 @@
 """Synaptic Intelligence (Zenke, Poole & Ganguli, 2017) for JAX."""
 
+from contextlib import suppress
+
+from jax import export
+
 from si_jax import ewc, importance
 from si_jax.diagnosis import Diagnosis, diagnose
 from si_jax.state import (
@@ -37,3 +41,16 @@ __all__ = [
     "synaptic_intelligence",
     "with_synaptic_intelligence",
 ]
+
+# What was made by jax.export names the states of its arguments.
+for _state in (
+    Synapses,
+    SynapticIntelligenceState,
+    WithSynapticIntelligenceState,
+    ewc.ElasticWeightConsolidationState,
+    Diagnosis,
+):
+    with suppress(ValueError):  # reloaded, and registered already
+        export.register_namedtuple_serialization(
+            _state, serialized_name=f"si_jax.{_state.__name__}"
+        )
