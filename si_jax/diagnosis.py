@@ -1,5 +1,6 @@
 """Which parameters are held, how hard, and how far they went."""
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -15,7 +16,8 @@ from si_jax.state import remembered, require_once
 class Diagnosis(NamedTuple):
     """What :func:`diagnose` found: dicts of scalars by the names of the leaves.
 
-    ``print`` shows it as a table, ``si_jax.figures.diagnosis`` as bars.
+    ``print`` shows it as a table, with a line below for what points to a mistake;
+    ``si_jax.figures.diagnosis`` as bars.
 
     Attributes:
       importance: ΣΩ, in loss per squared parameter.
@@ -38,32 +40,61 @@ class Diagnosis(NamedTuple):
         """A table with a row for each leaf and the sums below."""
         if any(isinstance(x, jax.core.Tracer) or x.ndim for x in self.share.values()):
             return repr(self)  # under jit, or of several networks
+        found = Diagnosis(*({name: float(x) for name, x in c.items()} for c in self))
 
         def row(name: str) -> list[str]:
-            columns = (column.get(name) for column in self)
-            return [name, *("" if x is None else f"{float(x):.3g}" for x in columns)]
-
-        def total(column: dict[str, jax.Array]) -> str:
-            return f"{float(sum(column.values())):.3g}" if column else ""
+            columns = (column.get(name) for column in found)
+            return [name, *("" if x is None else f"{x:.3g}" for x in columns)]
 
         sums = {"importance", "share", "path_integral", "penalty"}
         rows = [["", "ΣΩ", "max Ω", "share", "Σω", "penalty", "displacement"]]
-        rows += map(row, self.share)
+        rows += map(row, found.share)
         rows += [
             ["all"]
             + [
-                total(column) if name in sums else ""
-                for name, column in self._asdict().items()
+                f"{sum(column.values()):.3g}" if name in sums and column else ""
+                for name, column in found._asdict().items()
             ]
         ]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        return "\n".join(
+        lines = [
             "  ".join(
                 [first.ljust(widths[0])]
                 + [x.rjust(w) for x, w in zip(rest, widths[1:], strict=True)]
             ).rstrip()
             for first, *rest in rows
+        ]
+        return "\n".join(lines + _remarks(found))
+
+
+def _remarks(found: Diagnosis) -> list[str]:
+    """What in the table points to a mistake; the columns hold floats."""
+    omega, earned, moved = found.importance, found.path_integral, found.displacement
+    sums = {name: x + earned.get(name, 0) for name, x in omega.items()}
+    no_number = [name for name, x in sums.items() if not math.isfinite(x)]
+    resting = [name for name, x in earned.items() if x and not moved[name]]
+    remarks = []
+    if no_number:
+        remarks.append(f"Ω or ω is no finite number: {', '.join(no_number)}.")
+    if not any(omega.values()):
+        remarks.append(
+            "Nothing is held: no task has ended since init made this state, or none "
+            "earned ω > 0. (carry_over takes the memory into a new state.)"
         )
+    if sum(earned.values()) < 0:
+        remarks.append(
+            "Σω < 0: the loss rose. To maximise, pass the gradient of the negative."
+        )
+    if resting:
+        remarks.append(
+            f"Earned ω, but did not move: {', '.join(resting)}. What freezes it "
+            "belongs inside of the wrapper."
+        )
+    if earned and not any(earned.values()) and any(moved[name] for name in earned):
+        remarks.append(
+            "Parameters moved, but earned no ω. If not by the optimizer, take the link."
+        )
+    return remarks
 
 
 def diagnose(opt_state: optax.OptState, params: optax.Params) -> Diagnosis:
@@ -89,12 +120,14 @@ def diagnose(opt_state: optax.OptState, params: optax.Params) -> Diagnosis:
       >>> params = {"body": jnp.zeros(2), "head": jnp.zeros(2)}
       >>> importance = {"body": jnp.array([1.0, 2.0]), "head": jnp.array([1.0, 0.0])}
       >>> opt_state = si_jax.add_importance(tx.init(params), importance)
-      >>> params = {"body": jnp.array([2.0, 0.0]), "head": jnp.array([0.0, 4.0])}
+      >>> grads = {"body": jnp.array([-20.0, 0.0]), "head": jnp.array([0.0, -40.0])}
+      >>> updates, opt_state = tx.update(grads, opt_state, params)
+      >>> params = optax.apply_updates(params, updates)
       >>> print(si_jax.diagnose(opt_state, params))
-            ΣΩ  max Ω  share  Σω  penalty  displacement
-      body   3      2   0.75   0        2          1.41
-      head   1      1   0.25   0        0          2.83
-      all    4             1   0        2
+            ΣΩ  max Ω  share   Σω  penalty  displacement
+      body   3      2   0.75   40        2          1.41
+      head   1      1   0.25  160        0          2.83
+      all    4             1  200        2
     """
     leaves: dict[Any, tuple[Any, ...]] = {}
     for state in require_once(opt_state):
@@ -116,7 +149,7 @@ def diagnose(opt_state: optax.OptState, params: optax.Params) -> Diagnosis:
     return Diagnosis(
         importance=importance,
         max_importance={
-            name: wide(omega).max(initial=-jnp.inf)
+            name: wide(omega).max() if omega.size else jnp.zeros_like(importance[name])
             for name, (omega, *_) in named.items()
         },
         share={

@@ -51,8 +51,10 @@ def align(tree: Any, like: optax.Params, name: str) -> Any:
     Leaves under an ``optax.MaskedNode`` of ``like`` are left out. Matching by path
     bridges containers that differ in type alone: the variables in which nnx boxes the
     parameters and, differently, the optimizer's state. A complex leaf is two where
-    ``optax.contrib.split_real_and_imaginary`` made two of it.
+    ``optax.contrib.split_real_and_imaginary`` made two of it. What else a module holds
+    (functions, integers, a rate) is left out as the filter left it out of ``like``.
     """
+    _check_whole(tree, like, name)
     slots, treedef = jax.tree_util.tree_flatten_with_path(like, is_leaf=_is_masked)
     masked = {path for path, slot in slots if _is_masked(slot)}
     leaves = _split_complex(tree, {path for path, _ in slots})
@@ -73,8 +75,10 @@ def align(tree: Any, like: optax.Params, name: str) -> Any:
                     f"Intelligence was made for {jnp.shape(slot)}."
                 )
             aligned.append(leaf)
-    for path in leaves:
+    for path, leaf in leaves.items():
         if any(path[:depth] in masked for depth in range(len(path) + 1)):
+            continue
+        if not jnp.issubdtype(getattr(leaf, "dtype", bool), jnp.inexact):
             continue
         where = f"{name}{jax.tree_util.keystr(path)}"
         raise ValueError(
@@ -82,6 +86,29 @@ def align(tree: Any, like: optax.Params, name: str) -> Any:
             f"parameters without it. {_HINT}"
         )
     return jax.tree.unflatten(treedef, aligned)
+
+
+def _check_whole(tree: Any, like: Any, name: str) -> None:
+    """Refuse a tree that optax makes of the parameters for itself, or its opposite."""
+    if isinstance(like, optax.LookaheadParams):
+        raise ValueError(
+            "optax.lookahead cannot be inside of Synaptic Intelligence, as its gradient "
+            "is of one of its two copies of the parameters: take "
+            "optax.lookahead(optax.chain(si_jax.synaptic_intelligence(…), …), …) and "
+            "si_jax.consolidate(opt_state, params.fast)."
+        )
+    if isinstance(tree, optax.LookaheadParams):
+        raise ValueError(
+            f"{name} are those of optax.lookahead, of which Synaptic Intelligence sees "
+            f"the fast ones: pass {name}.fast."
+        )
+    sizes = [x.size for x in jax.tree.leaves(tree) if hasattr(x, "size")]
+    if hasattr(like, "ndim") and len(sizes) > 1 and like.shape == (sum(sizes),):
+        raise ValueError(
+            "the state was made for all parameters as one vector: optax.flatten belongs "
+            "inside, si_jax.with_synaptic_intelligence(optax.flatten(…)) or "
+            "optax.chain(si_jax.synaptic_intelligence(…), optax.flatten(…))."
+        )
 
 
 def _is_masked(x: Any) -> bool:
@@ -134,12 +161,12 @@ def extend(old: Any, new: Any) -> Any:
 
 def _at_origin(block: jax.Array, whole: jax.Array) -> jax.Array:
     """``whole`` with ``block`` in the corner where every index is 0."""
+    moved = jnp.array(block, jnp.result_type(whole))
+    if jnp.shape(block) == jnp.shape(whole):
+        return placed(moved, whole)
     shapes = zip(jnp.shape(block), jnp.shape(whole), strict=True)
     margin = [(0, after - before) for before, after in shapes]
-    moved = jnp.pad(jnp.array(block, jnp.result_type(whole)), margin)
-    moved = placed(moved, whole)
-    if jnp.shape(block) == jnp.shape(whole):
-        return moved
+    moved = placed(jnp.pad(moved, margin), whole)
     return jnp.where(jnp.pad(jnp.ones(jnp.shape(block), bool), margin), moved, whole)
 
 

@@ -18,6 +18,7 @@ from si_jax.transform import (
 
 _Synaptic = SynapticIntelligenceState | WithSynapticIntelligenceState
 _Memory = _Synaptic | ElasticWeightConsolidationState
+_Link = SynapticIntelligenceState | ElasticWeightConsolidationState
 
 _ELSE = "If the parameters grew or the optimizer is another one, use si_jax.carry_over."
 
@@ -30,7 +31,10 @@ def carry_over(opt_state: optax.OptState, *, into: optax.OptState) -> optax.OptS
     are matched by path. One that is larger in ``into`` keeps its old block at the
     origin, the first entries along every axis; new entries and new leaves start free,
     with ω = Ω = 0 and θ̃ as ``into`` has it. Everything else is ``into``'s: strength,
-    damping, moments, counts, dtypes, containers and where arrays lie.
+    damping, moments, counts, random keys, dtypes, containers and where arrays lie.
+
+    A run without SI or EWC goes on with them: if there is no memory in ``opt_state``,
+    ``into`` keeps its own and takes the rest from there, moments and counts.
 
     Best at a task's end, after :func:`consolidate`. In mid-task ω is carried, too; the
     last step of a link that becomes a wrapper is credited with what the parameters
@@ -41,7 +45,8 @@ def carry_over(opt_state: optax.OptState, *, into: optax.OptState) -> optax.OptS
     ``jax.jit(lambda s, p: si_jax.carry_over(s, into=tx.init(p)), donate_argnums=0)``.
 
     Args:
-      opt_state: the state of an optimizer with Synaptic Intelligence, EWC, or both.
+      opt_state: the state of an optimizer with Synaptic Intelligence, EWC, or both; or
+        of the optimizer that ``into`` has inside, or behind the links of its chain.
       into: the state of another one, usually ``tx.init(params)``; of an
         ``nnx.Optimizer`` for the grown model its ``opt_state``. If there are several
         memories (SI inside a partition), those of a kind are matched in order.
@@ -50,9 +55,9 @@ def carry_over(opt_state: optax.OptState, *, into: optax.OptState) -> optax.OptS
       ``into`` with the memory of ``opt_state``; it shares no array with either.
 
     Raises:
-      ValueError: if there is no memory in either, if they hold different numbers of
-        them, or if a parameter that ``opt_state`` remembers shrank, changed its number
-        of axes or is gone.
+      ValueError: if there is no memory in ``into``, or none in ``opt_state`` and the
+        rest does not fit, if they hold different numbers of memories, or if a parameter
+        that ``opt_state`` remembers shrank, changed its number of axes or is gone.
 
     Example:
       >>> import jax.numpy as jnp, optax, si_jax
@@ -66,7 +71,10 @@ def carry_over(opt_state: optax.OptState, *, into: optax.OptState) -> optax.OptS
       >>> print(si_jax.synapses(opt_state).reference)
       [0.  0.  0.3]
     """
-    old, new = _require(opt_state), _require(into, "into")
+    new = _require(into, "into")
+    if not find_memories(opt_state):
+        return _begin(opt_state, into)
+    old = find_memories(opt_state)
     for state in (*old, *new):
         surrogate.scalar(state.strength)
     remaining = {}
@@ -86,6 +94,53 @@ def carry_over(opt_state: optax.OptState, *, into: optax.OptState) -> optax.OptS
 
     own = jax.tree.map(lambda x: jnp.copy(x) if isinstance(x, jax.Array) else x, into)
     return _map_memories(carry, own)
+
+
+def _begin(opt_state: optax.OptState, into: optax.OptState) -> optax.OptState:
+    """``into``, with all that is no memory from a state that has none."""
+    plain = _without_memories(into)
+    if _layout(plain) != _layout(opt_state):
+        error = _none(opt_state, "opt_state")
+        raise ValueError(
+            f"{error} A state without them fits if it is that of the same optimizer for "
+            "the same parameters as into's, without them."
+        )
+    rest = iter(jax.tree.leaves(opt_state))
+
+    def mark(state: Any) -> Any:
+        memory = state._asdict()
+        memory.pop("inner_state", None)
+        return state._replace(**jax.tree.map(lambda _: False, memory))
+
+    marks = _map_memories(mark, jax.tree.map(lambda _: True, into))
+    return jax.tree.map(lambda x, m: jnp.copy(next(rest) if m else x), into, marks)
+
+
+def _layout(tree: Any) -> Any:
+    leaves, treedef = jax.tree.flatten(tree)
+    return treedef, [(jnp.shape(x), jnp.result_type(x)) for x in leaves]
+
+
+def _without_memories(opt_state: optax.OptState) -> optax.OptState:
+    """The state of the optimizer without wrappers, and without links in its chains."""
+
+    def is_link(x: Any) -> bool:
+        inside = jax.tree.leaves(x, is_leaf=lambda y: isinstance(y, _Memory))
+        return bool(inside) and all(isinstance(y, _Link) for y in inside)
+
+    def is_changed(x: Any) -> bool:
+        chain = type(x) is tuple and any(map(is_link, x))
+        return chain or isinstance(x, WithSynapticIntelligenceState)
+
+    def without(x: Any) -> Any:
+        if isinstance(x, WithSynapticIntelligenceState):
+            return _without_memories(x.inner_state)
+        if not is_changed(x):
+            return x
+        rest = tuple(_without_memories(y) for y in x if not is_link(y))
+        return rest[0] if len(rest) == 1 else rest
+
+    return jax.tree.map(without, opt_state, is_leaf=is_changed)
 
 
 def _carry_elastic(old: Any, new: Any) -> Any:
@@ -150,6 +205,8 @@ def reset_optimizer(
     The authors do so between the tasks of split MNIST and split CIFAR. (Their code
     keeps Adam's step count; a fresh bias correction needs it to start at zero.)
     Hyperparameters of ``optax.inject_hyperparams`` return to their first values, too.
+    Random keys go on as they are (typed ones and vectors of uint32): ``optax.add_noise``
+    and ``optax.contrib.dpsgd`` must not draw a task's noise again.
 
     Args:
       tx: the optimizer that made ``opt_state``. For another one, and for parameters
@@ -186,15 +243,48 @@ def reset_optimizer(
             "opt_state was not made by this tx: they do not hold the same memories in "
             f"the same form and number. {_ELSE}"
         )
-    shapes = [list(map(jnp.shape, jax.tree.leaves(x))) for x in (fresh, opt_state)]
-    if shapes[0] != shapes[1]:
+    before, treedef = _in_place(opt_state, fresh)
+    after = jax.tree.leaves(fresh)
+    if list(map(jnp.shape, before)) != list(map(jnp.shape, after)):
         raise ValueError(
             "opt_state was not made by this tx for these params: their numbers or "
             f"shapes of arrays differ. {_ELSE}"
         )
-    # Put back leaf by leaf: the old state's containers may be boxed (nnx.Optimizer).
-    leaves = jax.tree.leaves(carry_over(opt_state, into=fresh))
-    return jax.tree.unflatten(jax.tree.structure(opt_state), leaves)
+    after = jax.tree.leaves(carry_over(opt_state, into=fresh))
+    leaves = [
+        jnp.copy(old) if _is_key(old) else new
+        for old, new in zip(before, after, strict=True)
+    ]
+    return jax.tree.unflatten(treedef, leaves)
+
+
+def _in_place(opt_state: Any, fresh: Any) -> tuple[list[Any], Any]:
+    """The leaves of ``opt_state`` where those of ``fresh`` are, and the containers.
+
+    Those of ``opt_state``, which may be boxed (``nnx.Optimizer``); but of ``fresh``
+    where a dict that is empty there has filled since (``optax.monitor``).
+    """
+    leaves, treedef = jax.tree.flatten(opt_state)
+    if len(leaves) == len(jax.tree.leaves(fresh)):
+        return leaves, treedef
+
+    def is_empty(x: Any) -> bool:
+        return isinstance(x, dict) and not x
+
+    slots, prefix = jax.tree.flatten(fresh, is_leaf=is_empty)
+    try:
+        found = prefix.flatten_up_to(opt_state)
+    except ValueError:  # of another structure
+        return leaves, treedef
+    kept = [x for x, slot in zip(found, slots, strict=True) if not is_empty(slot)]
+    return jax.tree.leaves(kept), jax.tree.structure(fresh)
+
+
+def _is_key(x: Any) -> bool:
+    """A random key, typed or as ``jax.random.PRNGKey`` makes it."""
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        return True
+    return x.dtype == jnp.uint32 and x.ndim == 1
 
 
 def add_importance(
@@ -339,7 +429,11 @@ def _map_memories(
 def _require(opt_state: optax.OptState, name: str = "opt_state") -> list[Any]:
     if found := find_memories(opt_state):
         return found
-    raise surrogate.missing(
+    raise _none(opt_state, name)
+
+
+def _none(opt_state: optax.OptState, name: str) -> ValueError:
+    return surrogate.missing(
         opt_state,
         "Synaptic Intelligence and no EWC",
         "si_jax.synaptic_intelligence, si_jax.with_synaptic_intelligence or "

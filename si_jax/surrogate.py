@@ -305,7 +305,8 @@ def missing(
         return ValueError(
             f"{name} is made of dicts and lists, like a checkpoint that was restored "
             "without a target, not of the optimizer's types: restore it into "
-            "tx.init(params), which tells Orbax (or Flax) what to make of it."
+            "tx.init(params), which tells Orbax (or Flax) what to make of it. What "
+            "nnx.split took apart, nnx.merge puts together: pass the opt_state of that."
         )
     return ValueError(
         f"{name} holds no {what}: build the optimizer with {makers}, and pass the "

@@ -283,6 +283,107 @@ def test_elastic_weight_consolidation_beside_synaptic_intelligence(form):
     )
 
 
+# --- A run that had no memory ---------------------------------------------------------
+
+
+PLAIN = {
+    "wrapper": (ADAM, make("wrapper", ADAM)),
+    "link": (ADAM, make("link", ADAM)),
+    "link in a chain": (
+        lenient(optax.chain(optax.clip(1.0), optax.adam(0.01))),
+        lenient(
+            optax.chain(
+                si_jax.synaptic_intelligence(STRENGTH, DAMPING),
+                optax.clip(1.0),
+                optax.adam(0.01),
+            )
+        ),
+    ),
+    "wrapper in MultiSteps": tuple(
+        lenient(optax.MultiSteps(tx, 1).gradient_transformation())
+        for tx in (ADAM, make("wrapper", ADAM))
+    ),
+    "links": (
+        ADAM,
+        lenient(
+            optax.chain(
+                optax.masked(
+                    si_jax.synaptic_intelligence(STRENGTH, DAMPING),
+                    {"kernel": True, "bias": False},
+                ),
+                ewc.elastic_weight_consolidation(1.0),
+                ADAM,
+            )
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", PLAIN)
+def test_a_run_without_memory_goes_on_with_it(case):
+    """Step by step as before; the path integral begins there."""
+    plain, tx = PLAIN[case]
+    params, opt_state = steps(plain, init(), plain.init(init()))
+    into = tx.init(params)
+    begun = si_jax.carry_over(opt_state, into=into)
+    assert avals(begun) == avals(into)
+    assert not pointers(begun) & pointers(opt_state, into)
+
+    now, omega = params, 0.0
+    for step in range(3):
+        grads = grad(now, 1, step)
+        updates, opt_state = plain.update(grads, opt_state, now)
+        before, now = now, optax.apply_updates(now, updates)
+        moved = np.float64(now["kernel"]) - before["kernel"]
+        omega = omega - np.float64(grads["kernel"]) * moved
+    after, begun = steps(tx, params, begun, task=1)
+    chex.assert_trees_all_close(after, now, rtol=1e-6)
+    far = np.float64(now["kernel"]) - params["kernel"]
+    np.testing.assert_allclose(
+        si_jax.synapses(si_jax.consolidate(begun, after)).importance["kernel"],
+        np.maximum(omega / (far**2 + DAMPING), 0),
+        rtol=1e-3,
+        atol=1e-6,
+    )
+
+
+@forms
+def test_a_run_without_memory_goes_on_in_nnx_and_under_jit(form):
+    model = Model(init())
+    old = nnx.Optimizer(model, ADAM, wrt=nnx.Param)
+    old.update(model, nnx.grad(Model.loss)(model, 0, 0))
+    new = nnx.Optimizer(model, make(form, ADAM), wrt=nnx.Param)
+    carried = jax.jit(lambda s, t: si_jax.carry_over(s, into=t))(
+        old.opt_state, new.opt_state
+    )
+    for name in ("count", "mu", "nu"):
+        chex.assert_trees_all_equal(
+            *(optax.tree.get(state, name) for state in (old.opt_state, carried))
+        )
+    new.opt_state = carried
+    new.update(model, nnx.grad(Model.loss)(model, 0, 1))
+    assert optax.tree.get(new.opt_state, "count")[...] == 2
+
+
+@pytest.mark.parametrize(
+    ("inner", "params"),
+    [
+        (optax.sgd(0.1, momentum=0.9), init()),
+        (optax.chain(ADAM, optax.clip(1.0)), init()),
+        (ADAM, larger(init())),
+        (ADAM, init(jnp.bfloat16)),
+    ],
+    ids=["optimizer", "chain", "shapes", "dtype"],
+)
+@forms
+def test_a_state_without_memory_must_be_that_of_the_inner_optimizer(
+    form, inner, params
+):
+    into = make(form, ADAM).init(init())
+    with pytest.raises(ValueError, match=r"no Synaptic.*fits if.*same optimizer"):
+        si_jax.carry_over(lenient(inner).init(params), into=into)
+
+
 # --- Containers -----------------------------------------------------------------------
 
 PARTS = {"adapter": "new", "bias": "bias", "kernel": "rest"}
@@ -505,7 +606,7 @@ def test_memories_must_find_a_place():
     for opt_state, into, message in (
         (both, tx.init(params), "opt_state holds EWC 1 times and into 0 times"),
         (tx.init(params), elastic.init(params), "holds SI 1 times and into 0 times"),
-        (SGD.init(params), tx.init(params), "opt_state holds no Synaptic Intelligence"),
+        (ADAM.init(params), tx.init(params), "opt_state holds no Synaptic Intelligence"),
         (tx.init(params), SGD.init(params), "into holds no Synaptic Intelligence"),
         (tx.init(params), [{"importance": 0, "reference": 0}], "into is made of dicts"),
     ):
