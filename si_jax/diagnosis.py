@@ -40,7 +40,7 @@ class Diagnosis(NamedTuple):
         """A table with a row for each leaf and the sums below."""
         if any(isinstance(x, jax.core.Tracer) or x.ndim for x in self.share.values()):
             return repr(self)  # under jit, or of several networks
-        found = Diagnosis(*({name: float(x) for name, x in c.items()} for c in self))
+        found = Diagnosis(*jax.device_get(tuple(self)))
 
         def row(name: str) -> list[str]:
             columns = (column.get(name) for column in found)
@@ -68,7 +68,7 @@ class Diagnosis(NamedTuple):
 
 
 def _remarks(found: Diagnosis) -> list[str]:
-    """What in the table points to a mistake; the columns hold floats."""
+    """What in the table points to a mistake; the columns are NumPy's."""
     omega, earned, moved = found.importance, found.path_integral, found.displacement
     sums = {name: x + earned.get(name, 0) for name, x in omega.items()}
     no_number = [name for name, x in sums.items() if not math.isfinite(x)]

@@ -92,8 +92,8 @@ def _check_whole(tree: Any, like: Any, name: str) -> None:
     """Refuse a tree that optax makes of the parameters for itself, or its opposite."""
     if isinstance(like, optax.LookaheadParams):
         raise ValueError(
-            "optax.lookahead cannot be inside of Synaptic Intelligence, as its gradient "
-            "is of one of its two copies of the parameters: take "
+            "optax.lookahead cannot be inside of Synaptic Intelligence, as its "
+            "gradient is of one of its two copies of the parameters: take "
             "optax.lookahead(optax.chain(si_jax.synaptic_intelligence(…), …), …) and "
             "si_jax.consolidate(opt_state, params.fast)."
         )
@@ -105,8 +105,8 @@ def _check_whole(tree: Any, like: Any, name: str) -> None:
     sizes = [x.size for x in jax.tree.leaves(tree) if hasattr(x, "size")]
     if hasattr(like, "ndim") and len(sizes) > 1 and like.shape == (sum(sizes),):
         raise ValueError(
-            "the state was made for all parameters as one vector: optax.flatten belongs "
-            "inside, si_jax.with_synaptic_intelligence(optax.flatten(…)) or "
+            "the state was made for all parameters as one vector: optax.flatten "
+            "belongs inside, si_jax.with_synaptic_intelligence(optax.flatten(…)) or "
             "optax.chain(si_jax.synaptic_intelligence(…), optax.flatten(…))."
         )
 

@@ -102,8 +102,8 @@ def _begin(opt_state: optax.OptState, into: optax.OptState) -> optax.OptState:
     if _layout(plain) != _layout(opt_state):
         error = _none(opt_state, "opt_state")
         raise ValueError(
-            f"{error} A state without them fits if it is that of the same optimizer for "
-            "the same parameters as into's, without them."
+            f"{error} A state without them fits if it is that of the same optimizer "
+            "as into's, for the same parameters."
         )
     rest = iter(jax.tree.leaves(opt_state))
 
@@ -205,8 +205,8 @@ def reset_optimizer(
     The authors do so between the tasks of split MNIST and split CIFAR. (Their code
     keeps Adam's step count; a fresh bias correction needs it to start at zero.)
     Hyperparameters of ``optax.inject_hyperparams`` return to their first values, too.
-    Random keys go on as they are (typed ones and vectors of uint32): ``optax.add_noise``
-    and ``optax.contrib.dpsgd`` must not draw a task's noise again.
+    Random keys (typed ones and vectors of uint32) go on as they are, so that
+    ``optax.add_noise`` and ``optax.contrib.dpsgd`` do not draw a task's noise again.
 
     Args:
       tx: the optimizer that made ``opt_state``. For another one, and for parameters
@@ -271,6 +271,8 @@ def _in_place(opt_state: Any, fresh: Any) -> tuple[list[Any], Any]:
     def is_empty(x: Any) -> bool:
         return isinstance(x, dict) and not x
 
+    slots: list[Any]
+    prefix: Any
     slots, prefix = jax.tree.flatten(fresh, is_leaf=is_empty)
     try:
         found = prefix.flatten_up_to(opt_state)

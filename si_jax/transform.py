@@ -420,11 +420,14 @@ def consolidate(opt_state: optax.OptState, params: optax.Params) -> optax.OptSta
 
     Pure; works under ``jit``, ``scan``, ``vmap`` and ``cond``, and finds Synaptic
     Intelligence by type wherever it sits inside ``opt_state``: in a chain, masked,
-    partitioned, under ``MultiSteps``, in a Flax ``TrainState``'s or an
-    ``nnx.Optimizer``'s state. The rest of ``opt_state`` is returned as it is; see
-    :func:`reset_optimizer` to start the next task with fresh moments. An
-    ``nnx.Optimizer`` takes the new state in place:
+    partitioned, under ``MultiSteps``, in an ``nnx.Optimizer``'s state, or in a tree
+    that holds the optimizer's state, such as a whole Flax ``TrainState``. The rest of
+    ``opt_state`` is returned as it is; see :func:`reset_optimizer` to start the next
+    task with fresh moments. An ``nnx.Optimizer`` takes the new state in place:
     ``nnx.update(optimizer.opt_state, nnx.state(opt_state))``.
+
+    ω belongs to the last weights. A task that ends with others, the best or an average,
+    is closed as the guide *When nobody says that a task ends* has it.
 
     Args:
       opt_state: the state of an optimizer that contains

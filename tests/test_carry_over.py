@@ -606,7 +606,11 @@ def test_memories_must_find_a_place():
     for opt_state, into, message in (
         (both, tx.init(params), "opt_state holds EWC 1 times and into 0 times"),
         (tx.init(params), elastic.init(params), "holds SI 1 times and into 0 times"),
-        (ADAM.init(params), tx.init(params), "opt_state holds no Synaptic Intelligence"),
+        (
+            ADAM.init(params),
+            tx.init(params),
+            "opt_state holds no Synaptic Intelligence",
+        ),
         (tx.init(params), SGD.init(params), "into holds no Synaptic Intelligence"),
         (tx.init(params), [{"importance": 0, "reference": 0}], "into is made of dicts"),
     ):

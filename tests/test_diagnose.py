@@ -194,6 +194,101 @@ def test_a_diagnosis_of_several_networks():
         si_jax.diagnose(opt_state, params)
 
 
+def remarks(opt_state, params):
+    """The lines below the table, which has a head, a row a leaf, and a sum."""
+    report = si_jax.diagnose(opt_state, params)
+    return str(report).splitlines()[len(report.share) + 2 :]
+
+
+def step(tx, grads, opt_state, params):
+    updates, opt_state = tx.update(grads, opt_state, params)
+    return opt_state, optax.apply_updates(params, updates)
+
+
+@forms
+def test_a_table_remarks_on_what_is_wrong_and_on_nothing_else(form):
+    tx, params = make(form), {"a": {"w": jnp.ones(2)}, "b": jnp.ones(())}
+    grads = jax.tree.map(jnp.ones_like, params)
+    opt_state, now = step(tx, grads, tx.init(params), params)
+    opt_state, now = step(tx, grads, opt_state, now)
+    (remark,) = remarks(opt_state, now)
+    assert remark.startswith("Nothing is held")
+
+    opt_state = si_jax.consolidate(opt_state, now)
+    for _ in range(3):
+        opt_state, now = step(tx, grads, opt_state, now)
+    assert remarks(opt_state, now) == []
+    (remark,) = remarks(tx.init(now), now)  # as a trainer does at each task
+    assert remark.startswith("Nothing is held")
+
+    bad = si_jax.synapses(opt_state)
+    for tree in (bad.path_integral, bad.importance):
+        (where,) = (
+            i for i, x in enumerate(jax.tree.leaves(opt_state)) if x is tree["a"]["w"]
+        )
+        for value in (jnp.nan, -jnp.inf):
+            leaves, treedef = jax.tree.flatten(opt_state)
+            leaves[where] = leaves[where].at[1].set(value)
+            found = remarks(jax.tree.unflatten(treedef, leaves), now)
+            assert found[0] == "Ω or ω is no finite number: a/w."
+
+
+@pytest.mark.parametrize("how", ["scale", "rate"])
+@forms
+def test_a_return_that_is_maximised_shows_as_negative(form, how):
+    """Up the hill, by the gradient of what is to rise: it earns nothing."""
+    rising = optax.chain(optax.scale(-1.0), SGD)
+    tx = make(form, rising if how == "scale" else optax.sgd(-0.05))
+    params = jnp.array([1.0, 2.0])
+    opt_state = tx.init(params)
+    for _ in range(3):
+        opt_state, params = step(tx, -params, opt_state, params)  # of −½ θ²
+    assert any(line.startswith("Σω < 0") for line in remarks(opt_state, params))
+    held = si_jax.synapses(si_jax.consolidate(opt_state, params)).importance
+    assert not held.any()
+    # With the sign of a loss it is as ever.
+    tx, opt_state = make(form), make(form).init(params)
+    for _ in range(3):
+        opt_state, params = step(tx, params, opt_state, params)
+    assert not any(line.startswith("Σω < 0") for line in remarks(opt_state, params))
+    held = si_jax.synapses(si_jax.consolidate(opt_state, params)).importance
+    assert held.all()
+
+
+def test_rounding_outside_of_the_wrapper_shows_and_the_link_sees_it():
+    """Stochastic rounding in the caller: the optimizer's own step rounds to nothing."""
+    held = {}
+    for form in FORMS:
+        tx, params = make(form, optax.sgd(1e-4)), jnp.ones(512, jnp.bfloat16)
+        opt_state = tx.init(params)
+        for i in range(4):
+            updates, opt_state = tx.update(params, opt_state, params)
+            exact = params.astype(jnp.float32) + updates.astype(jnp.float32)
+            chance = jax.random.uniform(jax.random.key(i), params.shape)
+            rounded = jnp.floor(exact * 2**8 + chance) / 2**8  # bfloat16 in [½, 1]
+            params = rounded.astype(params.dtype)
+        remark = "Parameters moved, but earned no ω. If not by the optimizer"
+        shown = [line for line in remarks(opt_state, params) if remark in line]
+        assert bool(shown) == (form == "wrapper")
+        opt_state = si_jax.consolidate(opt_state, params)
+        held[form] = float(si_jax.synapses(opt_state).importance.sum())
+    assert held["wrapper"] == 0
+    assert held["link"] > 0
+
+
+def test_sum_of_omega_is_the_fall_of_the_loss_or_that_times_the_devices():
+    tx = si_jax.with_synaptic_intelligence(OPTIMIZERS["adam"])
+    for devices in (1, 8):
+        params, opt_state = START, tx.init(START)
+        for _ in range(30):
+            grads = devices * HESSIAN * params  # summed where a mean was meant
+            opt_state, params = step(tx, grads, opt_state, params)
+        fall = (HESSIAN * (START**2 - params**2)).sum() / 2
+        report = si_jax.diagnose(opt_state, params)
+        ratio = report.path_integral["params"] / fall
+        np.testing.assert_allclose(ratio, devices, rtol=0.03)
+
+
 def test_the_figure_has_a_bar_for_each_leaf():
     tx, params = make("wrapper"), {"a": {"w": jnp.ones(2)}, "b": jnp.ones(1)}
     opt_state = si_jax.add_importance(tx.init(params), params)

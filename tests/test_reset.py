@@ -16,7 +16,6 @@ forms = pytest.mark.parametrize("form", FORMS)
 KEY = jax.random.key(3)
 
 
-
 def raw_noise(seed):
     """Noise from a key that is a vector of uint32, as optimizers of old had it."""
 

@@ -133,7 +133,9 @@ def test_lookahead_belongs_around_the_link():
     for form in FORMS:
         tx = make(form, optax.lookahead(SGD, 2, 0.5))
         opt_state = tx.init(params)
-        with pytest.raises(ValueError, match=r"lookahead\(optax\.chain\(.*params\.fast"):
+        with pytest.raises(
+            ValueError, match=r"lookahead\(optax\.chain\(.*params\.fast"
+        ):
             tx.update(params.fast, opt_state, params)
 
     tx = lenient(optax.lookahead(make("link", SGD), 2, 0.5))
