@@ -176,6 +176,87 @@ def test_narrow_parameters_keep_a_wide_memory_and_their_dtype():
     assert {x.dtype for x in memory} == {jnp.dtype(jnp.float32)}
 
 
+def test_a_line_search_sees_the_penalty_inside_the_wrapper():
+    """As on the sum of loss and penalty; a link alone refuses what it cannot change."""
+    theta, fisher = {"w": jnp.array([1.0, 2.0])}, {"w": jnp.array([3.0, 0.5])}
+
+    def loss(params):
+        return jnp.sum(jnp.square(params["w"]) + jnp.square(jnp.square(params["w"])))
+
+    def total(params):
+        return loss(params) + 2 * jnp.sum(fisher["w"] * (params["w"] - theta["w"]) ** 2)
+
+    def run(tx, opt_state, function):
+        params = theta
+        for _ in range(3):
+            value, grads = jax.value_and_grad(function)(params)
+            updates, opt_state = jax.jit(tx.update, static_argnames="value_fn")(
+                grads, opt_state, params, value=value, grad=grads, value_fn=function
+            )
+            params = optax.apply_updates(params, updates)
+        return params
+
+    chain, lbfgs = optax.chain(LINK, optax.lbfgs()), optax.lbfgs()
+    tx = si_jax.with_synaptic_intelligence(chain, strength=0.0)
+    held = ewc.consolidate(tx.init(theta), theta, fisher)
+    expected = run(lbfgs, lbfgs.init(theta), total)
+    np.testing.assert_allclose(run(tx, held, loss)["w"], expected["w"], rtol=1e-5)
+    with pytest.raises(ValueError, match=r"value_fn .* si_jax.with_synaptic_intel"):
+        run(chain, chain.init(theta), loss)
+
+
+@pytest.mark.parametrize("compiled", [jax.jit, lambda f: f], ids=["jit", "eager"])
+@pytest.mark.parametrize("array", [np.array, jnp.array])
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [(np.nan, "not finite"), (np.inf, "not finite"), (-1.0, "negative")],
+)
+def test_an_importance_that_is_none_is_refused_by_name(bad, message, array, compiled):
+    """Also where it is a constant of what is compiled."""
+    params = {"a": jnp.ones(2), "b": jnp.ones(2)}
+    fisher = {"a": array([0.0, 1.0], "f4"), "b": array([1.0, bad], "f4")}
+    state = LINK.init(params)
+    for add in (
+        lambda state: ewc.consolidate(state, params, fisher),
+        lambda state: si_jax.add_importance(state, fisher),
+    ):
+        with pytest.raises(
+            ValueError, match=rf"importance\['b'\] is {message}: the sur"
+        ):
+            compiled(add)(state)
+
+
+def test_a_traced_importance_is_taken_as_it_is():
+    state = jax.jit(ewc.consolidate)(LINK.init(jnp.zeros(1)), jnp.ones(1), -jnp.ones(1))
+    assert state.importance.tolist() == [-1]
+
+
+def test_what_is_written_to_numpy_arrays_later_is_not_seen():
+    def ones():
+        return np.ones(1_000_000, np.float32)
+
+    params = ones()
+    state = LINK.init(params)
+    params[:] = 7
+    assert (state.reference == 1).all()
+    for _ in range(5):
+        params, fisher = ones(), ones()
+        state = ewc.consolidate(LINK.init(jnp.zeros(params.size)), params, fisher)
+        params[:], fisher[:] = 7, 7
+        assert (state.reference == 1).all()
+        assert (state.importance == 1).all()
+
+
+def test_a_state_keeps_its_dtypes_when_x64_is_switched_on():
+    params = init()
+    state = LINK.init(params)
+    with jax.enable_x64(True):
+        updated = jax.eval_shape(LINK.update, params, state, params)[1]
+    assert jax.tree.map(lambda x: x.dtype, updated) == jax.tree.map(
+        lambda x: x.dtype, state
+    )
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
