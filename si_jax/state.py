@@ -243,50 +243,44 @@ def reset_optimizer(
             "opt_state was not made by this tx: they do not hold the same memories in "
             f"the same form and number. {_ELSE}"
         )
-    before, treedef = _in_place(opt_state, fresh)
-    after = jax.tree.leaves(fresh)
-    if list(map(jnp.shape, before)) != list(map(jnp.shape, after)):
+    late = _late(opt_state, fresh)
+    old, treedef = jax.tree.flatten(opt_state)
+    same = [x for x, is_late in zip(old, late, strict=True) if not is_late]
+    if list(map(jnp.shape, same)) != list(map(jnp.shape, jax.tree.leaves(fresh))):
         raise ValueError(
             "opt_state was not made by this tx for these params: their numbers or "
             f"shapes of arrays differ. {_ELSE}"
         )
-    after = jax.tree.leaves(carry_over(opt_state, into=fresh))
+    # Put back leaf by leaf: the old state's containers may be boxed (nnx.Optimizer).
+    new = iter(jax.tree.leaves(carry_over(opt_state, into=fresh)))
+    fresh_leaves = [None if is_late else next(new) for is_late in late]
     leaves = [
-        jnp.copy(old) if _is_key(old) else new
-        for old, new in zip(before, after, strict=True)
+        jnp.copy(x) if after is None or _is_key(x) else after
+        for x, after in zip(old, fresh_leaves, strict=True)
     ]
     return jax.tree.unflatten(treedef, leaves)
 
 
-def _in_place(opt_state: Any, fresh: Any) -> tuple[list[Any], Any]:
-    """The leaves of ``opt_state`` where those of ``fresh`` are, and the containers.
-
-    Those of ``opt_state``, which may be boxed (``nnx.Optimizer``); but of ``fresh``
-    where a dict that is empty there has filled since (``optax.monitor``).
-    """
-    leaves, treedef = jax.tree.flatten(opt_state)
-    if len(leaves) == len(jax.tree.leaves(fresh)):
-        return leaves, treedef
+def _late(opt_state: Any, fresh: Any) -> list[bool]:
+    """Which leaves are in dicts that ``init`` leaves empty, as ``optax.monitor``'s."""
 
     def is_empty(x: Any) -> bool:
         return isinstance(x, dict) and not x
 
-    slots: list[Any]
-    prefix: Any
-    slots, prefix = jax.tree.flatten(fresh, is_leaf=is_empty)
-    try:
-        found = prefix.flatten_up_to(opt_state)
-    except ValueError:  # of another structure
-        return leaves, treedef
-    kept = [x for x, slot in zip(found, slots, strict=True) if not is_empty(slot)]
-    return jax.tree.leaves(kept), jax.tree.structure(fresh)
+    slots = jax.tree_util.tree_leaves_with_path(fresh, is_leaf=is_empty)
+    empty = {path for path, x in slots if is_empty(x)}
+    return [
+        any(path[:depth] in empty for depth in range(len(path)))
+        for path, _ in jax.tree_util.tree_leaves_with_path(opt_state)
+    ]
 
 
 def _is_key(x: Any) -> bool:
     """A random key, typed or as ``jax.random.PRNGKey`` makes it."""
-    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+    dtype = jnp.result_type(x)
+    if jnp.issubdtype(dtype, jax.dtypes.prng_key):
         return True
-    return x.dtype == jnp.uint32 and x.ndim == 1
+    return dtype == jnp.uint32 and jnp.ndim(x) == 1
 
 
 def add_importance(

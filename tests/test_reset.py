@@ -90,13 +90,21 @@ def test_a_state_that_grew_at_its_first_update(form):
     updates, state = tx.update(params, tx.init(params), params)
     params = optax.apply_updates(params, updates)
     reset = si_jax.reset_optimizer(tx, state, params)
-    assert jax.tree.structure(reset) == jax.tree.structure(tx.init(params))
+    assert jax.tree.structure(reset) == jax.tree.structure(state)
     chex.assert_trees_all_equal(si_jax.synapses(reset), si_jax.synapses(state))
     assert not optax.tree.get(reset, "trace")["w"].any()
-    momentum = FORMS[form](optax.chain(optax.sgd(0.1), optax.monitor(measures)))
+    plain = FORMS[form](optax.chain(optax.sgd(0.1), optax.monitor(measures)))
     with pytest.raises(ValueError, match="not made by this tx"):
-        si_jax.reset_optimizer(momentum, state, params)
+        si_jax.reset_optimizer(plain, state, params)
     tx.update(params, reset, params)
+
+    model = nnx.Linear(2, 2, rngs=nnx.Rngs(0))
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    params = nnx.state(model, nnx.Param)
+    optimizer.update(model, params)
+    reset = si_jax.reset_optimizer(tx, optimizer.opt_state, params)
+    optimizer.opt_state = reset
+    optimizer.update(model, params)
 
 
 @forms
