@@ -154,7 +154,9 @@ class Record:
             done = count(self.runs[method]) if method in self.runs else 0
             own = run.get("points", {}).get("seed", range(done, done + count(run)))
             seeds = f"{min(own)}-{max(own)}"
-            earlier = [x for x in self.trained_by(f"{method} seeds {seeds}") if x != now]
+            earlier = [
+                x for x in self.trained_by(f"{method} seeds {seeds}") if x != now
+            ]
             if self._tensorboard and is_first():
                 self._tensorboard.add(method, seeds, run)
         if method in self.runs:
@@ -531,7 +533,9 @@ def _plain(value: Any) -> Any:
 
 def _plain_floats(values: Any) -> Any:
     """Numbers of six digits, however deep in lists."""
-    return [*map(_plain_floats, values)] if isinstance(values, list) else _digits(values)
+    return (
+        [*map(_plain_floats, values)] if isinstance(values, list) else _digits(values)
+    )
 
 
 def _digits(value: Any) -> float:

@@ -286,7 +286,8 @@ def test_numbers_have_six_digits_however_small_or_large(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "path", sorted((Path(__file__).parent.parent / "experiments/results").glob("*.json"))
+    "path",
+    sorted((Path(__file__).parent.parent / "experiments/results").glob("*.json")),
 )
 def test_committed_records_are_read_and_written_as_they_are(path, tmp_path):
     content = strict(path.read_text())
