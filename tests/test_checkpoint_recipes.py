@@ -134,6 +134,22 @@ def test_the_memory_saved_alone_goes_into_another_optimizer(form, tmp_path):
     )
 
 
+def test_the_memory_of_a_part_is_saved_alone_under_the_same_mask(tmp_path):
+    mask = {"kernel": True, "bias": False}
+    tx = optax.chain(optax.masked(make("link", optax.identity()), mask), ADAM)
+    alone = si_jax.with_synaptic_intelligence(optax.identity())
+    params, opt_state = after_a_task(tx)
+    save(
+        tmp_path / "1",
+        si_jax.carry_over(opt_state, into=optax.masked(alone, mask).init(params)),
+    )
+    memory = restore(tmp_path / "1", optax.masked(alone, mask).init(init()))
+    carried = si_jax.carry_over(memory, into=tx.init(params))
+    assert_trains_alike(
+        tx, params, carried, si_jax.carry_over(opt_state, into=tx.init(params))
+    )
+
+
 def test_the_memory_is_restored_alone_from_a_whole_checkpoint(tmp_path):
     tx = make("wrapper")
     alone = si_jax.with_synaptic_intelligence(optax.identity())
