@@ -71,8 +71,8 @@ def align(tree: Any, like: optax.Params, name: str) -> Any:
             leaf = leaves.pop(path)
             if jnp.shape(leaf) != jnp.shape(slot):
                 raise ValueError(
-                    f"{where} has shape {jnp.shape(leaf)}, but the state of Synaptic "
-                    f"Intelligence was made for {jnp.shape(slot)}."
+                    f"{where} has shape {jnp.shape(leaf)}, but the optimizer's "
+                    f"state was made for {jnp.shape(slot)}."
                 )
             aligned.append(leaf)
     for path, leaf in leaves.items():
@@ -82,7 +82,7 @@ def align(tree: Any, like: optax.Params, name: str) -> Any:
             continue
         where = f"{name}{jax.tree_util.keystr(path)}"
         raise ValueError(
-            f"{where} is unknown: the state of Synaptic Intelligence was made for "
+            f"{where} is unknown: the optimizer's state was made for "
             f"parameters without it. {_HINT}"
         )
     return jax.tree.unflatten(treedef, aligned)

@@ -246,7 +246,6 @@ def test_the_states_are_registered_for_jax_export(state):
 
 
 def test_a_compiled_step_comes_back_from_a_file():
-    pytest.importorskip("flatbuffers")
     names = guide("export.export")
     tx, params = lenient(names["tx"]), names["params"]
     state = tx.init(params)

@@ -1,6 +1,7 @@
 """Runs in a small world whose right answers are known."""
 
 import dataclasses
+import functools
 import json
 
 import chex
