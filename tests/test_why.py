@@ -69,8 +69,12 @@ def trained():
         return si_jax.synapses(state).importance
 
     def held(name):
+        @jax.jit  # as in a run; by itself a negative importance is refused
+        def held_by(carry):
+            return boundaries[name](carry)
+
         def boundary(_, state, params):
-            state = boundaries[name](Carry(params, state)).opt_state
+            state = held_by(Carry(params, state)).opt_state
             state = si_jax.consolidate(state, params)
             fresh = why.watch().init(params)
             return (state[0], fresh, *state[2:])
