@@ -48,9 +48,21 @@ class Checkpoints:
 
         Args:
           step: a number larger than those before.
-          tree: arrays, sharded or not.
+          tree: arrays, sharded or not, and numbers.
+
+        Raises:
+          TypeError: if a leaf of the tree is something else.
+          ValueError: if ``step`` is not larger than those before.
         """
+        tree = _stored(tree)
         content = {"tree": tree, "checksum": np.asarray(_checksum(tree), np.uint32)}
+        with self._manager() as manager:
+            newest = manager.latest_step()
+        if newest is not None and step <= newest:
+            raise ValueError(
+                f"step {step} is not above the newest checkpoint, {newest}, in "
+                f"{self._folder}: nothing was saved."
+            )
         try:
             with self._manager() as manager:
                 manager.save(step, args=ocp.args.StandardSave(content))
@@ -72,25 +84,38 @@ class Checkpoints:
 
         Returns:
           Its step and tree, or ``None`` if there is none.
+
+        Raises:
+          TypeError: if a leaf of ``like`` could not be saved.
+          ValueError: if ``like`` has other leaves, shapes or dtypes than the checkpoint,
+            which stays where it is.
         """
+        stored = _stored(like)
         if not self._folder.exists():
             return None
-        content = {"tree": like, "checksum": np.zeros((), np.uint32)}
+        content = {"tree": stored, "checksum": np.zeros((), np.uint32)}
         with self._manager() as manager:
             for step in sorted(manager.all_steps(), reverse=True):
-                wrong, tree = "", None
+                wrong, tree, path = "", None, self._folder / str(step)
                 try:
-                    found = manager.restore(
-                        step, args=ocp.args.StandardRestore(content)
-                    )
-                    tree = found["tree"]
-                    if found["checksum"] != _checksum(tree):
-                        wrong = "its checksum does not fit"
+                    there = _leaves(manager.item_metadata(step).tree)
+                    if not (differences := _differences(there, _leaves(content))):
+                        found = manager.restore(
+                            step, args=ocp.args.StandardRestore(content)
+                        )
+                        tree = found["tree"]
+                        if found["checksum"] != _checksum(tree):
+                            wrong = "its checksum does not fit"
                 except Exception as error:  # whatever the storage layers raise
-                    wrong = str(error).splitlines()[0][:200]
+                    differences = []
+                    wrong = [*str(error).splitlines(), type(error).__name__][0][:200]
+                if differences:
+                    raise ValueError(
+                        f"The checkpoint {path} is of another tree: "
+                        f"{'; '.join(differences[:3])}. It stays where it is."
+                    )
                 if not _anywhere(bool(wrong)):
-                    return step, tree
-                path = self._folder / str(step)
+                    return step, jax.tree.map(_as_asked, tree, like)
                 _log.warning(
                     "The checkpoint %s is damaged (%s); going back to the one before.",
                     path,
@@ -106,7 +131,89 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             max_to_keep=self._keep, enable_async_checkpointing=False
         )
-        return ocp.CheckpointManager(self._folder, options=options)
+        return ocp.CheckpointManager(
+            self._folder, options=options, item_handlers=ocp.StandardCheckpointHandler()
+        )
+
+
+# --- What the storage takes -----------------------------------------------------------
+
+_NOTHING = np.zeros(1, np.uint8)  # in the place of an array of size 0
+
+
+def _stored(tree: Any) -> Any:
+    """The tree as it is stored: keys as their words, no array that is empty."""
+
+    def leaf(path: Any, x: Any) -> Any:
+        if isinstance(x, (bool, int, float)):
+            return x
+        if not hasattr(x, "dtype") or getattr(x.dtype, "kind", "V") in "OSU":
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            raise TypeError(f"checkpoints hold arrays; {name} is a {type(x).__name__}.")
+        if x.size == 0:
+            return _NOTHING
+        if _is_key(x) and isinstance(x, jax.ShapeDtypeStruct):
+            words = jax.eval_shape(jax.random.key_data, x)
+            place = x.sharding
+            return jax.ShapeDtypeStruct(words.shape, words.dtype, sharding=place)
+        if _is_key(x):
+            return jax.random.key_data(x)
+        return np.asarray(x) if isinstance(x, np.generic) else x
+
+    return jax.tree_util.tree_map_with_path(leaf, tree)
+
+
+def _as_asked(found: Any, like: Any) -> Any:
+    """A leaf from :func:`_stored`, as that of ``like``."""
+    if not hasattr(like, "dtype"):
+        return found
+    if like.size == 0:
+        empty = np.zeros if isinstance(like, np.ndarray) else jnp.zeros
+        return empty(like.shape, like.dtype)
+    if _is_key(like):
+        kinds: list[Any] = []
+        jax.eval_shape(lambda key: kinds.append(jax.random.key_impl(key)), like)
+        return jax.random.wrap_key_data(found, impl=kinds[0])
+    return found
+
+
+def _is_key(x: Any) -> bool:
+    return bool(jnp.issubdtype(x.dtype, jax.dtypes.prng_key))
+
+
+def _leaves(tree: Any) -> dict[tuple[str, ...], Any]:
+    """Dtype and shape of every leaf, by path; a number has no dtype."""
+    return {
+        tuple(map(_word, path)): (getattr(x, "dtype", None), getattr(x, "shape", ()))
+        for path, x in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
+def _word(key: Any) -> str:
+    """A step of a path, however the node that it leads out of is called."""
+    for attribute in ("key", "idx", "name"):
+        if hasattr(key, attribute):
+            return str(getattr(key, attribute))
+    return str(key)
+
+
+def _differences(there: dict[Any, Any], asked: dict[Any, Any]) -> list[str]:
+    """What the leaves of a checkpoint and of what is asked for differ in, in words."""
+
+    def same(leaf: Any, other: Any) -> bool:
+        if None in (leaf, other) or tuple(leaf[1]) != tuple(other[1]):
+            return leaf is other
+        return None in (leaf[0], other[0]) or leaf[0] == other[0]
+
+    def said(leaf: Any) -> str:
+        return "not there" if leaf is None else f"{leaf[0] or 'a number'} {leaf[1]}"
+
+    return [
+        f"{'/'.join(path[1:])} is {said(there.get(path))} in it, "
+        f"{said(asked.get(path))} in what is asked for"
+        for path in {**asked, **there}
+        if not same(there.get(path), asked.get(path))
+    ]
 
 
 def _checksum(tree: Any) -> np.uint32:
@@ -117,6 +224,10 @@ def _checksum(tree: Any) -> np.uint32:
 
 @jax.jit
 def _sum_of_words(x: jax.Array) -> jax.Array:
+    if jnp.iscomplexobj(x):
+        x = jnp.stack([x.real, x.imag])
+    if x.dtype.name in ("int2", "uint2", "int4", "uint4"):
+        x = x.astype(jnp.int8)
     if x.dtype != bool:
         width = {1: jnp.uint8, 2: jnp.uint16}.get(x.dtype.itemsize, jnp.uint32)
         x = jax.lax.bitcast_convert_type(x, width)
