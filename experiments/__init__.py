@@ -6,7 +6,10 @@ import sys
 NEEDED = ("flax", "matplotlib", "orbax", "tqdm", "tyro")
 
 if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
-    sys.exit(
-        f"error: the experiments need {', '.join(missing)}: "
+    message = (
+        f"the experiments need {', '.join(missing)}: "
         'pip install -e ".[experiments]"'
     )
+    if sys.argv[0] == "-m":  # so it is while python -m looks for a module
+        sys.exit(f"error: {message}")
+    raise ImportError(message)

@@ -40,7 +40,7 @@ class Options:
     coordinator: str | None = None
     """Of several processes, each started with this command: HOST:PORT of the first."""
     num_processes: int | None = None
-    """How many processes there are; SLURM's own are found without these three."""
+    """How many processes there are; those of srun are found without these three."""
     process_id: int | None = None
     """This one's number, from 0."""
 
@@ -104,8 +104,14 @@ def _join(options: Options) -> None:
             raise UserError(
                 f"cannot join the coordinator {options.coordinator}: {error}"
             ) from error
-    elif int(os.environ.get("SLURM_NTASKS", "1")) > 1:
-        jax.distributed.initialize()
+    elif int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:  # srun's; not salloc's
+        try:
+            jax.distributed.initialize()
+        except (RuntimeError, ValueError) as error:
+            raise UserError(
+                f"cannot join SLURM's other tasks: {error}\nStart the command with srun "
+                "alone, or name them: --coordinator, --num-processes, --process-id."
+            ) from error
 
 
 def _in_float32() -> None:

@@ -182,6 +182,7 @@ def hold_out(dataset: Dataset, fraction: float) -> Dataset:
 
     Raises:
       DataError: if either part would be empty.
+      ValueError: if ``fraction`` is not in [0, 1).
 
     Example:
       >>> from si_jax import data
@@ -189,6 +190,8 @@ def hold_out(dataset: Dataset, fraction: float) -> Dataset:
       >>> print(len(digits.train.labels), len(digits.test.labels))
       3000 1000
     """
+    if not 0 <= fraction < 1:
+        raise ValueError(f"fraction must be in [0, 1), got {fraction}.")
     if not fraction:
         return dataset
     images, labels = dataset.train

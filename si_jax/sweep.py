@@ -32,6 +32,9 @@ def sweep(
       The results of ``train`` with leading axes ``(seeds, *axes)``, in the order given;
       equal to those of sequential runs.
 
+    Raises:
+      ValueError: if there are no seeds, or no values of a hyperparameter.
+
     Example:
       >>> import jax
       >>> from si_jax import sweep
@@ -43,6 +46,9 @@ def sweep(
        [3.   0.75]]
     """
     shape = (len(seeds), *map(len, axes.values()))
+    if 0 in shape:
+        empty = [k for k, n in zip(("seeds", *axes), shape, strict=True) if not n]
+        raise ValueError(f"{', '.join(empty)} must have one value at least.")
     points = list(itertools.product(seeds, *axes.values()))
     columns = list(zip(*points, strict=True))
     values = {

@@ -62,8 +62,16 @@ class Transformer(nnx.Module):
         self.head = nnx.Linear(width, BYTES, use_bias=False, rngs=rngs)
 
     def __call__(self, text: jax.Array) -> jax.Array:
-        """Logits ``(…, length, 256)`` of the bytes that follow those of ``text``."""
-        length = text.shape[-1]
+        """Logits ``(…, length, 256)`` of the bytes that follow those of ``text``.
+
+        Raises:
+          ValueError: if the text is longer than the network's longest.
+        """
+        length, longest = text.shape[-1], self.place.num_embeddings
+        if length > longest:
+            raise ValueError(
+                f"the text has {length} bytes, the network is for {longest} at most."
+            )
         places = self.place(jnp.arange(length))
         x = self.embed(text.astype(jnp.int32))
         x = x + jnp.broadcast_to(places, x.shape)

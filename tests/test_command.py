@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import runpy
+import subprocess
 import sys
 
 import numpy as np
@@ -157,6 +158,65 @@ def test_accelerators_keep_what_they_compile(backend, environment, kept, monkeyp
     command.main(Config, "split_mnist", lambda _: None)
     folder = updates.get("jax_compilation_cache_dir")
     assert folder == ("/cache/si_jax" if kept else None)
+
+
+@pytest.mark.parametrize(
+    ("environment", "joins"),
+    [
+        ({}, 0),
+        ({"SLURM_NTASKS": "2", "SLURM_JOB_ID": "7"}, 0),  # salloc or sbatch, no srun
+        ({"SLURM_NTASKS": "2", "SLURM_STEP_NUM_TASKS": "1"}, 0),
+        ({"SLURM_NTASKS": "2", "SLURM_STEP_NUM_TASKS": "2"}, 1),
+    ],
+)
+def test_the_tasks_of_srun_are_joined_and_no_others(environment, joins, monkeypatch):
+    tried = []
+    for name in ("SLURM_NTASKS", "SLURM_STEP_NUM_TASKS"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "argv", ["split_mnist"])
+    monkeypatch.setattr(command.jax.config, "update", lambda *_: None)
+    join = command.jax.distributed
+    monkeypatch.setattr(join, "initialize", lambda: tried.append(1))
+    command.main(Config, "split_mnist", lambda _: None)
+    assert len(tried) == joins
+
+    def fail():
+        raise ValueError("coordinator_address should be defined.")
+
+    monkeypatch.setattr(join, "initialize", fail)
+    if joins:
+        with pytest.raises(SystemExit, match=r"cannot join SLURM's other tasks: coord"):
+            command.main(Config, "split_mnist", lambda _: None)
+
+
+@pytest.mark.parametrize("imported", [True, False])
+def test_without_its_packages_an_import_is_an_error_and_a_command_ends(imported):
+    """Neither ends the process of one who imports it."""
+    hide = """
+import importlib.util, runpy, sys
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name: None if name == "tyro" else find(name)
+"""
+    use = """
+try:
+    import experiments
+except ImportError as error:
+    print(error)
+"""
+    if not imported:
+        use = "sys.argv[0] = '-m'\nrunpy.run_module('experiments')"
+    found = subprocess.run(
+        [sys.executable, "-c", hide + use],
+        capture_output=True,
+        text=True,
+        cwd=CONFIGS.parent,
+    )
+    message = 'the experiments need tyro: pip install -e ".[experiments]"\n'
+    assert found.returncode == (0 if imported else 1)
+    assert found.stdout == (message if imported else "")
+    assert found.stderr == ("" if imported else f"error: {message}")
 
 
 @pytest.mark.parametrize("chosen", [None, "tensorfloat32"])

@@ -447,6 +447,9 @@ def test_held_out_examples_come_from_the_training_set_and_are_not_trained_on():
     for fraction in (1e-6, 0.9999):
         with pytest.raises(data.DataError, match="leaves none"):
             data.hold_out(whole, fraction)
+    for fraction in (-0.1, 1.0, np.nan):
+        with pytest.raises(ValueError, match=r"fraction must be in \[0, 1\)"):
+            data.hold_out(whole, fraction)
 
 
 def test_joined_data_sets_keep_their_labels_apart():

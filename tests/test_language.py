@@ -99,3 +99,12 @@ def test_writing_goes_on_beyond_the_window():
             successor, None, prompt, jax.random.key(0), count=7, length=4
         )
         assert text.tolist() == list(range(int(prompt[-1]) + 1, int(prompt[-1]) + 8))
+
+
+def test_a_text_longer_than_the_network_is_refused():
+    """Positions beyond its table would be no numbers."""
+    model = Transformer(8, layers=1, heads=2, length=4, rngs=nnx.Rngs(0))
+    assert np.isfinite(model(jnp.zeros((2, 4), jnp.uint8))).all()
+    for shape in ((5,), (2, 5)):
+        with pytest.raises(ValueError, match=r"has 5 bytes, the network is for 4"):
+            model(jnp.zeros(shape, jnp.uint8))

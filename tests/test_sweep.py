@@ -51,3 +51,13 @@ def test_donation_reuses_the_first_argument_only():
     assert x.is_deleted()
     assert not y.is_deleted()
     assert total.tolist() == [3.0] * 4
+
+
+def test_a_sweep_of_nothing_is_refused():
+    for seeds, strength, message in (
+        ([], [1.0], "seeds must have one value"),
+        ([0], [], "strength must have one value"),
+        (range(0), (), "seeds, strength must have one value"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            sweep.sweep(lambda key, strength: strength, seeds=seeds, strength=strength)
