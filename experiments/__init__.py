@@ -7,8 +7,7 @@ NEEDED = ("flax", "matplotlib", "orbax", "tqdm", "tyro")
 
 if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
     message = (
-        f"the experiments need {', '.join(missing)}: "
-        'pip install -e ".[experiments]"'
+        f'the experiments need {", ".join(missing)}: pip install -e ".[experiments]"'
     )
     if sys.argv[0] == "-m":  # so it is while python -m looks for a module
         sys.exit(f"error: {message}")

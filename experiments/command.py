@@ -30,7 +30,8 @@ class Options:
     overwrite: bool = False
     """Throw away the results that --out holds."""
     data_dir: Path | None = None
-    """TFDS's folder; by default $TFDS_DATA_DIR, else ~/tensorflow_datasets."""
+    """TFDS's folder, or that of MNIST/raw or mnist.npz; by default $TFDS_DATA_DIR, else
+    ~/tensorflow_datasets."""
     checkpoint_every: int = 5
     """Epochs between checkpoints; there is one at every task's end, too."""
     max_parallel: int | None = None
@@ -109,8 +110,8 @@ def _join(options: Options) -> None:
             jax.distributed.initialize()
         except (RuntimeError, ValueError) as error:
             raise UserError(
-                f"cannot join SLURM's other tasks: {error}\nStart the command with srun "
-                "alone, or name them: --coordinator, --num-processes, --process-id."
+                f"cannot join SLURM's other tasks: {error}\nStart all with one "
+                "srun, or give --coordinator, --num-processes and --process-id."
             ) from error
 
 

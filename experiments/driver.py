@@ -590,7 +590,7 @@ def _show(
     finished = position // job.epochs
     task = f"task {number + 1}/{job.stages}"
     so_far = "" if job.from_scratch else job.so_far(state.test, finished)
-    so_far += _diverged(state.test[:, :finished], report.loss)
+    so_far += _diverged(state.test[:, :finished], np.asarray(report.loss))
     bar.update()
     bar.set_postfix_str(f"{task}, accuracy {report.accuracy.mean():.3f}{so_far}")
     if finished == number + 1 and bar.disable and is_first():

@@ -87,8 +87,8 @@ class Checkpoints:
 
         Raises:
           TypeError: if a leaf of ``like`` could not be saved.
-          ValueError: if ``like`` has other leaves, shapes or dtypes than the checkpoint,
-            which stays where it is.
+          ValueError: if ``like`` has other leaves, shapes or dtypes than the
+            checkpoint, which stays where it is.
         """
         stored = _stored(like)
         if not self._folder.exists():

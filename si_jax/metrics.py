@@ -1,9 +1,9 @@
 """Measures of continual learning, from the matrix of accuracies.
 
 Row i, column j of an accuracy matrix: the accuracy on task j after training on task i.
-Leading axes (seeds, say) are kept. Accuracies on tasks that were not seen yet may be NaN,
-where a measure does not ask for them; it is NaN itself where one that it asks for is. A
-matrix that has another shape is a ``ValueError``.
+Leading axes (seeds, say) are kept. Accuracies on tasks that were not seen yet may be
+NaN, where a measure does not ask for them; it is NaN itself where one that it asks for
+is. A matrix that has another shape is a ``ValueError``.
 """
 
 import jax

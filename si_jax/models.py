@@ -166,7 +166,7 @@ def convolve(
 
 
 def _plain(images: Any, kernel: Any, strides: Any, padding: Any, others: Any) -> bool:
-    """Whether a convolution is of images, a window at each pixel, and nothing besides."""
+    """Whether a convolution is of images, a window at each pixel, and no more."""
     if images.ndim != 4 or not jnp.issubdtype(images.dtype, jnp.floating):
         return False
     asked, here = (

@@ -27,7 +27,8 @@ def read(path: Path) -> Iterator[bytes]:
       The content of each record.
 
     Raises:
-      ValueError: if the file ends within a record, or a checksum does not fit.
+      ValueError: if the file ends within a record, a checksum does not fit, or the
+        file is compressed.
 
     Example:
       >>> import pathlib, tempfile
@@ -52,5 +53,8 @@ def _read(file: BinaryIO, length: int) -> bytes:
     crc = google_crc32c.value(content)
     masked = ((crc >> 15 | crc << 17) + 0xA282EAD8) % 2**32
     if masked != int.from_bytes(checksum, "little"):
+        file.seek(0)
+        if file.read(2) == b"\x1f\x8b":
+            raise ValueError(f"{file.name} is compressed: decompress it with gunzip.")
         raise ValueError(f"{file.name} holds a record whose checksum does not fit.")
     return content

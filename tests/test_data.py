@@ -193,9 +193,12 @@ def publish(monkeypatch, server, name, contents):
 
 
 def idx(examples):
-    images = gzip.compress(bytes(16) + examples.images.tobytes())
-    labels = gzip.compress(bytes(8) + examples.labels.astype(np.uint8).tobytes())
-    return images, labels
+    """The two files, as http://yann.lecun.com/exdb/mnist describes them."""
+    number = len(examples.labels).to_bytes(4, "big")
+    size = (28).to_bytes(4, "big")
+    images = b"\0\0\x08\x03" + number + size + size + examples.images.tobytes()
+    labels = b"\0\0\x08\x01" + number + examples.labels.astype(np.uint8).tobytes()
+    return gzip.compress(images), gzip.compress(labels)
 
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning")  # TFDS's sessions
@@ -213,6 +216,87 @@ def test_a_truncated_download_says_so(fake, server, tmp_path, monkeypatch):
     publish(monkeypatch, server, "mnist", broken)
     with pytest.raises(data.DataError, match=r"Downloading mnist .* failed"):
         data.load("mnist", data_dir=tmp_path)
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    def unreachable(*_, **__):
+        raise urllib.error.URLError("Name or service not known")
+
+    monkeypatch.setattr(data.urllib.request, "urlopen", unreachable)
+
+
+def torchvision(folder, fake, *, compressed=False):
+    """MNIST as torchvision keeps it: the published files, as they are or unpacked."""
+    raw = folder / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    contents = [*idx(fake[0]), *idx(fake[1])]
+    for name, content in zip(data._ORIGINALS["mnist"].files, contents, strict=True):
+        if compressed:
+            (raw / name).write_bytes(content)
+        else:
+            (raw / name.removesuffix(".gz")).write_bytes(gzip.decompress(content))
+    return raw
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+@pytest.mark.parametrize("inside", ["", "MNIST", "MNIST/raw"])
+@pytest.mark.usefixtures("no_network")
+def test_mnist_is_read_where_torchvision_keeps_it(
+    inside, compressed, fake, tmp_path, monkeypatch
+):
+    """Without TFDS, in its folder and in those within."""
+    torchvision(tmp_path, fake, compressed=compressed)
+    monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
+    for _ in range(2):  # from the cache, too
+        assert_same(data.load("mnist", data_dir=tmp_path / inside)[2:], fake)
+
+
+@pytest.mark.usefixtures("no_network")
+def test_mnist_is_read_where_keras_keeps_it(fake, tmp_path, monkeypatch):
+    (images, labels), (more, others) = fake
+    arrays = {
+        "x_train": images[..., 0],
+        "y_train": labels.astype(np.uint8),
+        "x_test": more[..., 0],
+        "y_test": others.astype(np.uint8),
+    }
+    np.savez(tmp_path / "mnist.npz", **arrays)
+    monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
+    assert_same(data.load("mnist", data_dir=tmp_path)[2:], fake)
+    with pytest.raises(data.DataError, match="tensorflow-datasets is not installed"):
+        data.load("cifar10", data_dir=tmp_path)
+    other = tmp_path / "other"
+    other.mkdir()
+    np.savez(other / "mnist.npz", **{k: x for k, x in arrays.items() if k != "y_test"})
+    with pytest.raises(data.DataError, match=r"mnist\.npz is damaged: .*y_test"):
+        data.load("mnist", data_dir=other)
+
+
+@pytest.mark.usefixtures("no_network")
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda x: x.unlink(), r"raw has no t10k-labels-idx1-ubyte\.gz, and .*reached"),
+        (lambda x: x.write_bytes(x.read_bytes()[:-1]), "labels.* is not a whole file"),
+        (lambda x: x.write_bytes(b""), "labels.* is not a whole file"),
+        (lambda x: x.write_bytes(bytes(13)), "labels.* is not a whole file"),
+        (lambda x: x.write_bytes(gzip.compress(bytes(99))[:-9]), "raw is damaged"),
+    ],
+)
+def test_files_of_torchvision_that_are_not_whole_are_named(
+    change, message, fake, tmp_path
+):
+    change(torchvision(tmp_path, fake) / "t10k-labels-idx1-ubyte")
+    with pytest.raises(data.DataError, match=message):
+        data.load("mnist", data_dir=tmp_path)
+
+
+def test_other_images_among_torchvisions_are_not_taken_for_mnist(fake, tmp_path):
+    raw = torchvision(tmp_path, fake)
+    raw.parent.rename(tmp_path / "FashionMNIST")
+    assert data._from_files("mnist", tmp_path) is None
+    assert data._from_files("mnist", tmp_path / "FashionMNIST" / "raw") is None
 
 
 def cifar_tar(members):
@@ -372,6 +456,48 @@ def test_a_missing_tfrecord_file_is_named(tfrecords, tmp_path):
     with pytest.raises(data.DataError, match="is damaged") as error:
         data.load("mnist", data_dir=tmp_path)
     assert str(file) in str(error.value)
+
+
+@pytest.mark.usefixtures("no_network")
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda folder: (folder / "dataset_info.json").unlink(),
+            r"3\.0\.1 has no dataset_info\.json, which TFDS writes to the records, and",
+        ),
+        (
+            lambda folder: folder.rename(folder.with_name("incomplete.ABC_3.0.1")),
+            r"mnist has no 3\.0\.1, but incomplete\.ABC_3\.0\.1, and",
+        ),
+        (
+            lambda folder: folder.rename(folder.with_name("3.0.0")),
+            r"mnist has no 3\.0\.1, but 3\.0\.0, and .* cannot be reached",
+        ),
+    ],
+)
+def test_a_prepared_folder_that_is_not_whole_is_named(
+    change, message, tfrecords, tmp_path
+):
+    """Not the network alone, which whoever has copied a folder does not ask for."""
+    change(tfrecords)
+    with pytest.raises(data.DataError, match=message) as error:
+        data.load("mnist", data_dir=tmp_path)
+    assert "\n- complete what is there\n" in str(error.value)
+    assert str(tfrecords.parent) in str(error.value)
+
+
+def test_a_damaged_description_is_named(tfrecords, tmp_path):
+    (tfrecords / "dataset_info.json").write_text("")
+    with pytest.raises(data.DataError, match=r"TFDS cannot read .*mnist"):
+        data.load("mnist", data_dir=tmp_path)
+
+
+def test_compressed_tfrecords_are_called_so(tfrecords, tmp_path):
+    file = tfrecords / "mnist-train.tfrecord-00001-of-00002"
+    file.write_bytes(gzip.compress(file.read_bytes()))
+    with pytest.raises(data.DataError, match="00001-of-00002 is compressed: decom"):
+        data.load("mnist", data_dir=tmp_path)
 
 
 def test_a_format_that_is_not_read_is_named(tfrecords, tmp_path):

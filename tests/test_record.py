@@ -217,6 +217,7 @@ def test_one_seed_has_no_spread():
     assert table(mixed, "test", ["a", "b"]).splitlines()[-1].split() == ["n", "1", "2"]
 
 
+RESULTS = Path(__file__).parent.parent / "experiments" / "results"
 GONE = MATRIX.copy()
 GONE[1, 1:] = np.nan  # the second seed, in the second task
 
@@ -244,8 +245,11 @@ def test_a_run_that_diverged_is_marked_and_comes_back_as_it_was(tmp_path):
     assert written["runs"]["si"]["diverged"] == [1]
     assert "diverged" not in written["runs"]["sgd"]
     assert written["summary"]["si"]["test"]["average_accuracy"] == {
-        "mean": None, "sem": None, "std": None,
-        "n": 2, "diverged": 1,
+        "mean": None,
+        "sem": None,
+        "std": None,
+        "n": 2,
+        "diverged": 1,
     }
     assert written["summary"]["si"]["train"] == written["summary"]["sgd"]["train"]
     assert "si,1,test,average_accuracy,,,NaN" in (tmp_path / "results.csv").read_text()

@@ -60,4 +60,4 @@ def test_a_sweep_of_nothing_is_refused():
         (range(0), (), "seeds, strength must have one value"),
     ):
         with pytest.raises(ValueError, match=message):
-            sweep.sweep(lambda key, strength: strength, seeds=seeds, strength=strength)
+            sweep.sweep(lambda _, strength: strength, seeds=seeds, strength=strength)

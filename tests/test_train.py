@@ -278,7 +278,7 @@ def test_epochs_report_what_synaptic_intelligence_sees():
 
 
 def test_the_loss_drop_of_a_small_task_beside_a_large_one_is_of_all_its_examples():
-    """20 examples of two classes in rows for 700: the same 500 places for both tasks."""
+    """20 examples of two classes, in rows for 700, so that 500 are looked at."""
     many = blobs(1400, 1)
     few = np.concatenate([np.flatnonzero(many.labels == k)[:10] for k in (2, 3)])
     rows = np.zeros((2, 700), np.int32)
@@ -490,6 +490,7 @@ def test_what_diverges_is_said_and_kept(tmp_path, capsys):
     problem = driver.Problem(TRAIN, TEST, TRAIN_TASKS, TEST_TASKS)
 
     def make_learner(strength, damping, number):
+        del damping
         pieces = plain(strength)
 
         def finish(carry, examples, task, key):
