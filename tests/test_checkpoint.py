@@ -138,7 +138,9 @@ def test_every_kind_of_leaf_comes_back(tmp_path):
         return np.asarray(jax.random.key_data(x) if key else x)
 
     def abstract(x):
-        return jax.ShapeDtypeStruct(x.shape, x.dtype) if hasattr(x, "dtype") else x
+        if not isinstance(x, jax.Array):
+            return x
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
 
     for like in (tree, jax.tree.map(abstract, tree)):
         _, found = Checkpoints(tmp_path).restore(like)
