@@ -555,6 +555,18 @@ def test_a_run_that_goes_on_under_other_versions_names_both(tmp_path, monkeypatc
     assert run["earlier_versions"] == [first, second]
 
 
+def test_checkpoints_of_another_network_end_in_a_message_and_stay(tmp_path):
+    """As after a change of the code, which no configuration shows."""
+    record = Record("blobs", Config(out=tmp_path))
+    state = driver.State(*({"w": np.zeros(n)} for n in (2, 1, 1, 1, 1)))
+    record.checkpoints("si seeds 0-0").save(1, state)
+    grown = state._replace(carry={"w": np.zeros(3)})
+    message = r"carry/w is float64 \(2,\) in it, .* Choose another --out"
+    with pytest.raises(UserError, match=message):
+        driver._restored(record, "si seeds 0-0", grown)
+    assert driver._restored(record, "si seeds 0-0", state)[0] == 1
+
+
 def test_finish_merges_the_fisher_information_of_the_tasks_examples():
     tx = optax.chain(ewc.elastic_weight_consolidation(1.0), optax.sgd(0.1))
     tx = si_jax.with_synaptic_intelligence(tx, 0.0)
