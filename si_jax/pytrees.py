@@ -167,7 +167,8 @@ def _at_origin(block: jax.Array, whole: jax.Array) -> jax.Array:
     shapes = zip(jnp.shape(block), jnp.shape(whole), strict=True)
     margin = [(0, after - before) for before, after in shapes]
     moved = placed(jnp.pad(moved, margin), whole)
-    return jnp.where(jnp.pad(jnp.ones(jnp.shape(block), bool), margin), moved, whole)
+    filled = placed(jnp.pad(jnp.ones(jnp.shape(block), bool), margin), whole)
+    return jnp.where(filled, moved, whole)
 
 
 def placed(x: jax.Array, like: Any) -> jax.Array:

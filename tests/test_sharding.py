@@ -206,3 +206,16 @@ def test_a_sum_taken_for_a_mean_shows_in_what_was_earned(form):
         drop = loss(init(), x, y) - loss(params, x, y)
         earned = sum(si_jax.diagnose(opt_state, params).path_integral.values())
         np.testing.assert_allclose(earned, times * drop, rtol=0.1)
+
+
+def test_parameters_that_grow_on_a_mesh_with_explicit_axes():
+    mesh = jax.make_mesh((4,), ("x",), axis_types=(jax.sharding.AxisType.Explicit,))
+    rows = NamedSharding(mesh, PartitionSpec("x"))
+    tx = si_jax.with_synaptic_intelligence(optax.sgd(0.1))
+    small, large = (jax.device_put(jnp.arange(n, dtype="f"), rows) for n in (8.0, 12.0))
+    with jax.set_mesh(mesh):
+        opt_state = si_jax.add_importance(tx.init(small), small)
+        grown = si_jax.synapses(si_jax.carry_over(opt_state, into=tx.init(large)))
+    assert grown.importance.sharding.is_equivalent_to(rows, 1)
+    np.testing.assert_array_equal(grown.importance, [*range(8), 0, 0, 0, 0])
+    np.testing.assert_array_equal(grown.reference, range(12))
