@@ -205,7 +205,7 @@ def reset_optimizer(
     The authors do so between the tasks of split MNIST and split CIFAR. (Their code
     keeps Adam's step count; a fresh bias correction needs it to start at zero.)
     Hyperparameters of ``optax.inject_hyperparams`` return to their first values, too.
-    Random keys (typed ones and vectors of uint32) go on as they are, so that
+    Random keys (typed ones, and vectors of two or four uint32) go on as they are:
     ``optax.add_noise`` and ``optax.contrib.dpsgd`` do not draw a task's noise again.
 
     Args:
@@ -216,7 +216,7 @@ def reset_optimizer(
 
     Returns:
       ``tx.init(params)`` with the memory of Synaptic Intelligence and EWC from
-      ``opt_state``.
+      ``opt_state``, of its structure, shapes and dtypes.
 
     Raises:
       ValueError: if there is neither in ``opt_state``, or if it was not made by ``tx``
@@ -255,8 +255,8 @@ def reset_optimizer(
     new = iter(jax.tree.leaves(carry_over(opt_state, into=fresh)))
     fresh_leaves = [None if is_late else next(new) for is_late in late]
     leaves = [
-        jnp.copy(x) if after is None or _is_key(x) else after
-        for x, after in zip(old, fresh_leaves, strict=True)
+        jnp.copy(x) if y is None or _is_key(x) else jnp.asarray(y, jnp.result_type(x))
+        for x, y in zip(old, fresh_leaves, strict=True)
     ]
     return jax.tree.unflatten(treedef, leaves)
 
@@ -280,7 +280,7 @@ def _is_key(x: Any) -> bool:
     dtype = jnp.result_type(x)
     if jnp.issubdtype(dtype, jax.dtypes.prng_key):
         return True
-    return dtype == jnp.uint32 and jnp.ndim(x) == 1
+    return dtype == jnp.uint32 and jnp.shape(x) in ((2,), (4,))
 
 
 def add_importance(

@@ -141,3 +141,27 @@ def test_keys_in_an_nnx_optimizer():
     np.testing.assert_array_equal(optax.tree.get(reset, "key")[...], used[...])
     optimizer.opt_state = reset
     optimizer.update(model, params)
+
+
+def test_counts_are_no_keys():
+    """A vector of uint32 that is as long as no key starts afresh."""
+    init = {"seen": jnp.zeros(5, jnp.uint32)}
+    counting = optax.GradientTransformation(
+        lambda _: init, lambda g, s, _=None: (g, jax.tree.map(lambda x: x + 1, s))
+    )
+    tx, params = si_jax.with_synaptic_intelligence(counting), {"w": jnp.ones(3)}
+    _, state = tx.update(params, tx.init(params), params)
+    reset = si_jax.reset_optimizer(tx, state, params)
+    assert optax.tree.get(state, "seen").all()
+    assert not optax.tree.get(reset, "seen").any()
+
+
+@forms
+def test_a_reset_under_cond_after_x64_was_switched_on(form):
+    tx, params = FORMS[form](lenient(optax.sgd(0.1))), {"w": jnp.ones(3)}
+    state = tx.init(params)
+    with jax.enable_x64(True):
+        reset = jax.lax.cond(
+            True, lambda s: si_jax.reset_optimizer(tx, s, params), lambda s: s, state
+        )
+    chex.assert_trees_all_equal(reset, state, strict=True)
