@@ -11,6 +11,7 @@ from si_jax import surrogate
 from si_jax.ewc import ElasticWeightConsolidationState
 from si_jax.pytrees import align, wide
 from si_jax.state import remembered, require_once
+from si_jax.transform import SynapticIntelligenceState, observe
 
 
 class Diagnosis(NamedTuple):
@@ -23,8 +24,7 @@ class Diagnosis(NamedTuple):
       importance: ΣΩ, in loss per squared parameter.
       max_importance: the largest Ω.
       share: ΣΩ over that of all leaves; 0 before the first task has ended.
-      path_integral: Σω, in units of the loss, of the task so far (the link's lacks the
-        last step). EWC has none.
+      path_integral: Σω, in units of the loss, of the task so far. EWC has none.
       penalty: c Σ Ω (θ̃ − θ)², in units of the loss.
       displacement: the root of the mean of (θ − θ̃)², in units of the parameter.
     """
@@ -136,6 +136,8 @@ def diagnose(opt_state: optax.OptState, params: optax.Params) -> Diagnosis:
         c = surrogate.scalar(state.strength)
         terms = surrogate.penalty(now, importance, reference, c.dtype)
         elastic = isinstance(state, ElasticWeightConsolidationState)
+        if isinstance(state, SynapticIntelligenceState):
+            state = observe(state, now, state.last_grads)  # of the last step, too
         earned = importance if elastic else state.synapses.path_integral
         for (path, omega), w, term, ref, p in zip(
             jax.tree_util.tree_leaves_with_path(importance),

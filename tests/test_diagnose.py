@@ -210,9 +210,10 @@ def test_a_table_remarks_on_what_is_wrong_and_on_nothing_else(form):
     tx, params = make(form), {"a": {"w": jnp.ones(2)}, "b": jnp.ones(())}
     grads = jax.tree.map(jnp.ones_like, params)
     opt_state, now = step(tx, grads, tx.init(params), params)
-    opt_state, now = step(tx, grads, opt_state, now)
     (remark,) = remarks(opt_state, now)
     assert remark.startswith("Nothing is held")
+    earned = si_jax.diagnose(opt_state, now).path_integral  # of the last step, too
+    np.testing.assert_allclose(earned["a/w"], (params["a"]["w"] - now["a"]["w"]).sum())
 
     opt_state = si_jax.consolidate(opt_state, now)
     for _ in range(3):
