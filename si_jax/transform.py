@@ -323,7 +323,8 @@ def with_synaptic_intelligence(
     ever: the surrogate loss, also that of EWC inside ``inner``, is added to ``value``
     and to what ``value_fn`` and ``obj_fn`` return, its gradient to ``grad`` and to what
     ``grad_fn`` returns. What a line search of optax keeps for
-    ``optax.value_and_grad_from_state`` is of the task's loss again.
+    ``optax.value_and_grad_from_state`` is of the task's loss again. The strength of
+    that EWC is the one its state records: of the last update, where it is scheduled.
 
     Args:
       inner: the optimizer, any :class:`optax.GradientTransformation`. Extra arguments
