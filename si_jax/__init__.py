@@ -6,6 +6,7 @@ from jax import export
 
 from si_jax import ewc, importance
 from si_jax.diagnosis import Diagnosis, diagnose
+from si_jax.persistence import PersistentState, persistent
 from si_jax.state import (
     add_importance,
     carry_over,
@@ -26,6 +27,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Diagnosis",
+    "PersistentState",
     "Synapses",
     "SynapticIntelligenceState",
     "WithSynapticIntelligenceState",
@@ -35,6 +37,7 @@ __all__ = [
     "diagnose",
     "ewc",
     "importance",
+    "persistent",
     "reset_optimizer",
     "surrogate_loss",
     "synapses",
