@@ -5,13 +5,12 @@ import platform
 import sys
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.experimental import io_callback
 
 import si_jax
 
@@ -28,6 +27,13 @@ def si(strength: float, rate: float = 0.05) -> optax.GradientTransformation:
     return si_jax.with_synaptic_intelligence(optax.adam(rate), strength, damping=1e-3)
 
 
+class Counted(NamedTuple):
+    """The user's state, and the number of steps."""
+
+    count: jax.Array
+    inner: optax.OptState
+
+
 class Account:
     """Notes gradient and parameters of every step, around the user's optimizer.
 
@@ -37,23 +43,28 @@ class Account:
 
     def __init__(self, inner: optax.GradientTransformation):
         self.inner = optax.with_extra_args_support(inner)
-        self._steps: list[Any] = []
-        self.tx = optax.GradientTransformationExtraArgs(inner.init, self._update)
+        self.tx = optax.GradientTransformationExtraArgs(self._init, self._update)
+        self._steps: dict[int, Any] = {}
         self.error = 0.0
 
-    def _update(self, grads, state, params=None, **extra):
-        updates, after = self.inner.update(grads, state, params, **extra)
-        noted = leaves(grads), leaves(state.params if params is None else params)
-        io_callback(self._note, None, noted, ordered=True)
-        return updates, after
+    def _init(self, params):
+        return Counted(jnp.zeros((), int), self.inner.init(params))
 
-    def _note(self, step):
-        self._steps.append(jax.tree.map(np.array, step))
+    def _update(self, grads, state, params=None, **extra):
+        count, inner = state
+        updates, after = self.inner.update(grads, inner, params, **extra)
+        noted = leaves(grads), leaves(inner.params if params is None else params)
+        jax.debug.callback(self._note, count, noted)
+        return updates, Counted(count + 1, after)
+
+    def _note(self, count, step):
+        self._steps[int(count)] = jax.tree.map(np.array, step)
 
     def close(self, opt_state: Any, params: Any) -> None:
         """Compare ω in ``opt_state`` with the task's −Σ g·Δθ up to ``params``."""
         jax.effects_barrier()
-        grads, thetas = zip(*self._steps, strict=True)
+        steps = [self._steps[count] for count in sorted(self._steps)]
+        grads, thetas = zip(*steps, strict=True)
         self._steps.clear()
         thetas = [*thetas, leaves(params)]
         omega = leaves(si_jax.synapses(opt_state).path_integral)

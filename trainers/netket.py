@@ -59,7 +59,7 @@ def natural(strength):
         )
         driver.run(150, out=nk.logging.RuntimeLog(), show_progress=False)
         zeros = jax.tree.map(jnp.zeros_like, psi.parameters)
-        _, closed = account.inner.update(zeros, link, psi.parameters)  # its last step
+        _, closed = account.inner.update(zeros, link.inner, psi.parameters)  # its last step
         account.close(closed, psi.parameters)
         link = si_jax.consolidate(link, psi.parameters)
         losses.append(psi.expect(TASKS[0]).mean.real)
