@@ -1,7 +1,5 @@
-"""BlackJAX' variational inference: its state may be passed whole.
-
-blackjax==1.7.1
-"""
+# pip install blackjax==1.7.1
+"""BlackJAX' variational inference: its state may be passed whole."""
 
 import blackjax
 import jax

@@ -1,7 +1,5 @@
-"""Dynamax' fit_sgd: it drops the optimizer's state and passes no parameters.
-
-dynamax==1.0.3
-"""
+# pip install dynamax==1.0.3
+"""Dynamax' fit_sgd: it drops the optimizer's state and passes no parameters."""
 
 import jax
 import jax.numpy as jnp

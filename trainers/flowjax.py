@@ -1,7 +1,5 @@
-"""FlowJAX's fit_to_data: it drops the optimizer's state, and returns the best weights.
-
-flowjax==19.1.2
-"""
+# pip install flowjax==19.1.2
+"""FlowJAX's fit_to_data: it drops the optimizer's state, and returns the best weights."""
 
 import equinox as eqx
 import jax

@@ -1,7 +1,5 @@
-"""GPJax's fit: it drops the optimizer's state.
-
-gpjax==1.0.0
-"""
+# pip install gpjax==1.0.0
+"""GPJax's fit: it drops the optimizer's state."""
 
 import gpjax as gpx
 import jax

@@ -1,7 +1,5 @@
-"""Haiku, in the loop of its documentation.
-
-dm-haiku==0.0.17
-"""
+# pip install dm-haiku==0.0.17
+"""Haiku, in the loop of its documentation."""
 
 import haiku as hk
 import jax

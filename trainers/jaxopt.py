@@ -1,7 +1,5 @@
-"""JAXopt's OptaxSolver: its state may be passed whole.
-
-jaxopt==0.8.5
-"""
+# pip install jaxopt==0.8.5
+"""JAXopt's OptaxSolver: its state may be passed whole."""
 
 import jax.numpy as jnp
 import jaxopt

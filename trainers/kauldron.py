@@ -1,7 +1,5 @@
-"""Kauldron's Trainer: every training starts anew; its init_transform takes the old.
-
-kauldron==1.4.4
-"""
+# pip install kauldron==1.4.4
+"""Kauldron's Trainer: every training starts anew; its init_transform takes the old."""
 
 import dataclasses
 import tempfile

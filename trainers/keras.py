@@ -1,7 +1,5 @@
-"""Keras 3 with the backend jax, in a loop of one's own (its fit takes no optax).
-
-keras==3.12.0
-"""
+# pip install keras==3.12.0
+"""Keras 3 with the backend jax, in a loop of one's own (its fit takes no optax)."""
 
 import os
 

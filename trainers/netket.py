@@ -1,7 +1,5 @@
-"""NetKet's VMC: its state may be assigned; with SR, SI belongs before the metric.
-
-netket==3.23.0
-"""
+# pip install netket==3.23.0
+"""NetKet's VMC: its state may be assigned; with SR, SI belongs before the metric."""
 
 import jax
 import jax.numpy as jnp

@@ -1,7 +1,5 @@
-"""NumPyro's SVI: its state may be passed whole, the parameters unconstrained.
-
-numpyro==0.22.0
-"""
+# pip install numpyro==0.22.0
+"""NumPyro's SVI: its state may be passed whole, the parameters unconstrained."""
 
 import jax
 import jax.numpy as jnp

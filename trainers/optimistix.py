@@ -1,7 +1,5 @@
-"""Optimistix' minimise: it returns the optimizer's state and does not take it.
-
-optimistix==0.1.0
-"""
+# pip install optimistix==0.1.0
+"""Optimistix' minimise: it returns the optimizer's state and does not take it."""
 
 import jax.numpy as jnp
 import optimistix

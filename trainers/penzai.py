@@ -1,7 +1,5 @@
-"""Penzai's StatefulTrainer: its state may be passed whole.
-
-penzai==0.2.5
-"""
+# pip install penzai==0.2.5
+"""Penzai's StatefulTrainer: its state may be passed whole."""
 
 import jax
 import jax.numpy as jnp

@@ -1,7 +1,5 @@
-"""Rejax' PPO: replace the optimizer in its train state, which it takes and returns.
-
-rejax==0.1.3
-"""
+# pip install rejax==0.1.3
+"""Rejax' PPO: replace the optimizer in its train state, which it takes and returns."""
 
 import jax
 import jax.numpy as jnp

@@ -1,7 +1,5 @@
-"""Trainax' trainers: they take the optimizer's state and do not return it.
-
-trainax==0.0.2
-"""
+# pip install trainax==0.0.2
+"""Trainax' trainers: they take the optimizer's state and do not return it."""
 
 import equinox as eqx
 import jax
