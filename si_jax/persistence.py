@@ -30,7 +30,7 @@ class _Kept:
     implementations: PersistentState | None = None  # of its keys; elsewhere ""
 
 
-class _Persistent(optax.GradientTransformationExtraArgs):
+class _Persistent(optax.GradientTransformationExtraArgs):  # type: ignore[misc]
     """A pair of functions as any other, and the state that they last handed out."""
 
     kept: _Kept
@@ -51,7 +51,9 @@ class _Persistent(optax.GradientTransformationExtraArgs):
     def _last(self) -> PersistentState:
         jax.effects_barrier()  # what was dispatched may not have run yet
         if self.kept.state is None:
-            raise ValueError("There is no state yet: train first, or call init(params).")
+            raise ValueError(
+                "there is no state yet: train first, or call init(params)."
+            )
         return _typed(self.kept.state, self.kept.implementations)
 
 
@@ -105,6 +107,7 @@ def persistent(inner: optax.GradientTransformation) -> _Persistent:
     def take(fresh: PersistentState) -> PersistentState:
         if kept.state is None:
             give(fresh)
+            return fresh
         return kept.state._replace(params=fresh.params)
 
     def give(state: PersistentState) -> None:  # a copy: it is lent for this call alone
@@ -117,7 +120,8 @@ def persistent(inner: optax.GradientTransformation) -> _Persistent:
         if kept.state is not None and kinds != jax.eval_shape(lambda: kept.state):
             raise ValueError(
                 "persistent keeps the state of other parameters: make another one for "
-                "these; si_jax.carry_over puts the memory of the old into its opt_state."
+                "these, and put what is remembered into its opt_state with "
+                "si_jax.carry_over."
             )
         kept.implementations = implementations
         return _typed(io_callback(take, kinds, fresh, ordered=True), implementations)

@@ -14,12 +14,8 @@ import si_jax
 STRENGTH, DAMPING, STEPS = 0.5, 0.1, 7
 ADAM = lenient(optax.adam(0.05))
 FORMS = {
-    "wrapper": si_jax.with_synaptic_intelligence(
-        ADAM, STRENGTH, damping=DAMPING
-    ),
-    "link": optax.chain(
-        si_jax.synaptic_intelligence(STRENGTH, damping=DAMPING), ADAM
-    ),
+    "wrapper": si_jax.with_synaptic_intelligence(ADAM, STRENGTH, damping=DAMPING),
+    "link": optax.chain(si_jax.synaptic_intelligence(STRENGTH, damping=DAMPING), ADAM),
 }
 
 
@@ -72,9 +68,7 @@ def one_program(tx, target, params):
     return jax.lax.scan(body, (params, tx.init(params)), length=STEPS)[0][0]
 
 
-TRAINERS = {
-    x.__name__: x for x in (loop, loop_without_params, donating, one_program)
-}
+TRAINERS = {x.__name__: x for x in (loop, loop_without_params, donating, one_program)}
 
 
 def kept(inner, tasks):
@@ -113,7 +107,7 @@ def test_path_integral_is_that_of_the_steps():
     inner = optax.chain(optax.clip(0.3), optax.sgd(0.1, momentum=0.9))
     tx = si_jax.persistent(si_jax.with_synaptic_intelligence(inner, STRENGTH))
     params, opt_state = start(), tx.init(start())
-    account = {name: 0.0 for name in params}
+    account = dict.fromkeys(params, 0.0)
     for _ in range(STEPS):
         grads = jax.grad(loss)(params, 0.5)
         before = params
@@ -163,7 +157,9 @@ def test_random_keys_and_narrow_types_come_back():
         key, _ = jax.random.split(key)
         return jax.tree.map(lambda g: (-0.1 * g).astype(g.dtype), updates), key
 
-    inner = optax.GradientTransformation(lambda _: jax.random.key(3, impl="rbg"), update)
+    inner = optax.GradientTransformation(
+        lambda _: jax.random.key(3, impl="rbg"), update
+    )
     tx, params = si_jax.persistent(inner), start(jnp.bfloat16)
     expected = jax.random.key(3, impl="rbg")
     for _ in range(2):

@@ -70,7 +70,7 @@ class Account:
         omega = leaves(si_jax.synapses(opt_state).path_integral)
         account = {
             name: -sum(
-                np.asarray(g[name], float) * np.subtract(after[name], now[name], dtype=float)
+                g[name] * np.subtract(after[name], now[name], dtype=float)
                 for g, now, after in zip(grads, thetas, thetas[1:], strict=False)
             )
             for name in grads[0]

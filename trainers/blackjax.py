@@ -1,6 +1,8 @@
 # pip install blackjax==1.7.1
 """BlackJAX' variational inference: its state may be passed whole."""
 
+import functools
+
 import blackjax
 import jax
 import jax.numpy as jnp
@@ -20,7 +22,8 @@ def two_tasks(strength):
     account = Account(si(strength))
     state, losses = None, []
     for task in REGRESSIONS:
-        vi = blackjax.meanfield_vi(lambda w, task=task: log_density(w, task), account.tx)
+        density = functools.partial(log_density, task=task)
+        vi = blackjax.meanfield_vi(density, account.tx)
         state = state or vi.init(jnp.zeros(3))
         for key in jax.random.split(jax.random.key(0), 200):
             state, _ = jax.jit(vi.step)(key, state)

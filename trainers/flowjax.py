@@ -1,5 +1,5 @@
 # pip install flowjax==19.1.2
-"""FlowJAX's fit_to_data: it drops the optimizer's state, and returns the best weights."""
+"""FlowJAX' fit_to_data: it drops the optimizer's state."""
 
 import equinox as eqx
 import jax

@@ -1,12 +1,11 @@
 # pip install kauldron==1.4.4
+# ruff: noqa: D102
 """Kauldron's Trainer: every training starts anew; its init_transform takes the old."""
 
 import dataclasses
 import tempfile
 
-import jax
 import numpy as np
-import optax
 from flax import linen as nn
 from kauldron import kd
 
@@ -39,6 +38,7 @@ class Model(nn.Module):
 
 
 def two_tasks(strength):
+    """A trainer for every task."""
     account, state, losses = Account(si(strength)), None, []
     for x, y in REGRESSIONS:
         trainer = kd.train.Trainer(

@@ -17,8 +17,7 @@ import si_jax
 from trainers.account import REGRESSIONS, Account, report, si
 
 TASKS = [
-    tuple(hax.named(part, ("batch", name)) for part, name in zip(task, "xy", strict=True))
-    for task in REGRESSIONS
+    (hax.named(x, ("batch", "x")), hax.named(y, ("batch", "y"))) for x, y in REGRESSIONS
 ]
 
 

@@ -57,7 +57,8 @@ def natural(strength):
         )
         driver.run(150, out=nk.logging.RuntimeLog(), show_progress=False)
         zeros = jax.tree.map(jnp.zeros_like, psi.parameters)
-        _, closed = account.inner.update(zeros, link.inner, psi.parameters)  # its last step
+        # The link sees what a step moved at the next call.
+        _, closed = account.inner.update(zeros, link.inner, psi.parameters)
         account.close(closed, psi.parameters)
         link = si_jax.consolidate(link, psi.parameters)
         losses.append(psi.expect(TASKS[0]).mean.real)

@@ -1,4 +1,5 @@
 # pip install rejax==0.1.3
+# ruff: noqa: ARG002, D102
 """Rejax' PPO: replace the optimizer in its train state, which it takes and returns."""
 
 import jax
@@ -18,7 +19,6 @@ class Choice(environment.Environment):
         self.seen, self.pays = jnp.array(seen), pays
 
     def reset_env(self, key, params):
-        del key, params
         return self.seen, environment.EnvState(time=0)
 
     def step_env(self, key, state, action, params):

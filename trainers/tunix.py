@@ -1,4 +1,5 @@
 # pip install google-tunix==0.1.7
+# ruff: noqa: D102
 """Tunix' PeftTrainer: in place, in a hook at the end; a trainer for every task."""
 
 import jax.numpy as jnp
