@@ -3,7 +3,7 @@
 import ast
 from pathlib import Path
 
-from experiments.command import CONFIGS
+from experiments.engine.command import CONFIGS
 
 
 def titles() -> dict[str, str]:

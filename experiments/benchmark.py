@@ -17,11 +17,11 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import si_jax
-from experiments import command
-from experiments.record import Record, aligned, is_first
-from si_jax import figures
-from si_jax.models import CNN, MLP
-from si_jax.train import sum_over_parts
+from experiments import figures
+from experiments.engine import command
+from experiments.engine.record import Record, aligned, is_first
+from experiments.networks.models import CNN, MLP
+from experiments.training.loop import sum_over_parts
 
 
 class Net(NamedTuple):
@@ -299,7 +299,7 @@ def torch_training(net: Net) -> dict[str, Program]:
         return {}
     import torch
 
-    from experiments import benchmark_torch
+    from experiments.networks import torch_si
 
     torch.manual_seed(0)
     images = torch.rand(net.batch_size, *np.roll(net.image_shape, 1))
@@ -313,8 +313,8 @@ def torch_training(net: Net) -> dict[str, Program]:
         return Program(run, net.steps, {})
 
     return {
-        name: program(make(benchmark_torch.network(net.model)))
-        for name, make in benchmark_torch.METHODS.items()
+        name: program(make(torch_si.network(net.model)))
+        for name, make in torch_si.METHODS.items()
     }
 
 

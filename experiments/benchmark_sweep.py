@@ -12,10 +12,11 @@ import numpy as np
 import optax
 from tqdm import tqdm
 
-from experiments import command, driver, split_mnist
-from experiments.record import aligned, readable, versions
+from experiments import split_mnist
+from experiments.engine import command, driver
+from experiments.engine.record import aligned, readable, versions
+from experiments.training.loop import train
 from si_jax import sweep
-from si_jax.train import train
 
 WAYS = ("one after another", "side by side")
 TORCH = "PyTorch"
@@ -96,7 +97,7 @@ def run(config: Config) -> None:
 
 def in_torch(problem: driver.Problem, count: int, epochs: int) -> list[np.ndarray]:
     """The accuracies of ``count`` runs in PyTorch, one after another."""
-    from experiments.benchmark_torch import split_mnist as whole_run
+    from experiments.networks.torch_si import split_mnist as whole_run
 
     return [
         whole_run(

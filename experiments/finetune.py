@@ -20,9 +20,11 @@ from flax import nnx
 from matplotlib.figure import Figure
 
 import si_jax
-from experiments import benchmark, command, driver, texts
-from experiments.driver import Method
-from experiments.record import (
+from experiments import benchmark, figures
+from experiments.data import texts
+from experiments.engine import command, driver
+from experiments.engine.driver import Method
+from experiments.engine.record import (
     DIVERGED,
     Record,
     aligned,
@@ -32,11 +34,12 @@ from experiments.record import (
     over_seeds,
     statistics,
 )
+from experiments.networks.transformer import Transformer, functional
 from experiments.split_mnist import check_strengths
-from si_jax import ewc, figures, importance, language, metrics, sweep
-from si_jax.language import Stage, Texts
-from si_jax.train import Boundary, Carry, Learner, consolidate
-from si_jax.transformer import Transformer, functional
+from experiments.training import language
+from experiments.training.language import Stage, Texts
+from experiments.training.loop import Boundary, Carry, Learner, consolidate
+from si_jax import ewc, importance, metrics, sweep
 
 Name = Literal[
     "fine-tuning",

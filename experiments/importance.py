@@ -13,13 +13,13 @@ from scipy import stats
 from tqdm import tqdm
 
 import si_jax
-from experiments import command, driver, split_mnist
-from experiments.record import Record, aligned, is_first
-from si_jax import theory_figures
+from experiments import figures, split_mnist
+from experiments.data.tasks import Task, look_up
+from experiments.engine import command, driver
+from experiments.engine.record import Record, aligned, is_first
+from experiments.networks.models import MLP
+from experiments.training.loop import epoch_key, init_key
 from si_jax.importance import fisher
-from si_jax.models import MLP
-from si_jax.tasks import Task, look_up
-from si_jax.train import epoch_key, init_key
 
 MEASURES = ("importance", "path integral", "Fisher, sampled")
 
@@ -130,7 +130,7 @@ def run(config: Config) -> None:
         )
         print(table(record.runs))
         drawn = record.runs["seed 0"]["sample"]
-        record.save("importance", theory_figures.importances(drawn))
+        record.save("importance", figures.importances(drawn))
         print(f"\nEverything is in {record.folder}.")
 
 

@@ -14,9 +14,11 @@ import optax
 from matplotlib.figure import Figure
 
 import si_jax
-from experiments import command, driver
-from experiments.driver import Method
-from experiments.record import (
+from experiments import data, figures
+from experiments.data import tasks
+from experiments.engine import command, driver
+from experiments.engine.driver import Method
+from experiments.engine.record import (
     Record,
     aligned,
     cell,
@@ -25,10 +27,9 @@ from experiments.record import (
     seeds_row,
     summarize,
 )
+from experiments.networks.models import MLP
 from experiments.split_mnist import NAMES, check_strengths
-from si_jax import data, ewc, figures, metrics, tasks
-from si_jax.models import MLP
-from si_jax.train import (
+from experiments.training.loop import (
     Boundary,
     Learner,
     consolidate,
@@ -36,6 +37,7 @@ from si_jax.train import (
     learner,
     remembering,
 )
+from si_jax import ewc, metrics
 
 Name = Literal["si", "fine-tuning", "ewc", "sgd", "sgd+dropout", "joint", "single"]
 # The authors' data (https://github.com/ganguli-lab/pathint), one seed, after each task.

@@ -14,9 +14,10 @@ import optax
 from tqdm import tqdm
 
 import si_jax
-from experiments import command
-from experiments.record import Record, aligned, is_first
-from si_jax import theory, theory_figures
+from experiments import figures
+from experiments.engine import command
+from experiments.engine.record import Record, aligned, is_first
+from si_jax import theory
 
 SPECTRA = {
     "diagonal": (0.5, 1.0, 1.5, 2.0, 2.5, 3.0),
@@ -242,7 +243,7 @@ def report(config: Config, record: Record) -> None:
     print(noise_table(runs["noisy"], "by batch size", config.batch_sizes))
     print("\nand by learning rate")
     print(noise_table(runs["noisy"], "by learning rate", config.noisy_learning_rates))
-    figure = theory_figures.quadratic(
+    figure = figures.quadratic(
         runs["error by step"],
         runs["averaged"],
         runs["noisy"],

@@ -16,10 +16,13 @@ import optax
 from matplotlib.figure import Figure
 
 import si_jax
-from experiments import command, driver, split_mnist
-from experiments.driver import Method, Problem
-from experiments.export import measured
-from experiments.record import (
+from experiments import data, figures, split_mnist
+from experiments.data import tasks
+from experiments.data.images import Examples
+from experiments.engine import command, driver
+from experiments.engine.driver import Method, Problem
+from experiments.engine.export import measured
+from experiments.engine.record import (
     Record,
     aligned,
     best,
@@ -29,10 +32,8 @@ from experiments.record import (
     number,
     over_seeds,
 )
-from si_jax import data, ewc, figures, metrics, tasks
-from si_jax.data import Examples
-from si_jax.models import MLP
-from si_jax.train import (
+from experiments.networks.models import MLP
+from experiments.training.loop import (
     Boundary,
     Learner,
     consolidate,
@@ -42,6 +43,7 @@ from si_jax.train import (
     learner,
     reset,
 )
+from si_jax import ewc, metrics
 
 Scenario = Literal["task", "domain", "class"]
 Name = Literal["fine-tuning", "l2", "si", "ewc", "online ewc", "mas", "joint"]

@@ -11,9 +11,11 @@ import optax
 from matplotlib.figure import Figure
 
 import si_jax
-from experiments import command, driver
-from experiments.driver import Method
-from experiments.record import (
+from experiments import data, figures
+from experiments.data import tasks
+from experiments.engine import command, driver
+from experiments.engine.driver import Method
+from experiments.engine.record import (
     Record,
     aligned,
     cell,
@@ -23,10 +25,9 @@ from experiments.record import (
     statistics,
     summarize,
 )
+from experiments.networks.models import CNN
 from experiments.split_mnist import check_strengths
-from si_jax import data, figures, tasks
-from si_jax.models import CNN
-from si_jax.train import Learner, consolidate, learner, reset
+from experiments.training.loop import Learner, consolidate, learner, reset
 
 Name = Literal["si", "fine-tuning", "from scratch"]
 # The authors' data (https://github.com/ganguli-lab/pathint), five seeds.

@@ -10,12 +10,13 @@ import optax
 from matplotlib.figure import Figure
 
 import si_jax
-from experiments import command, driver
-from experiments.driver import Method
-from experiments.record import Record, is_first, over_seeds, table
-from si_jax import data, figures, tasks
-from si_jax.models import MLP
-from si_jax.train import Boundary, Learner, consolidate, learner, reset
+from experiments import data, figures
+from experiments.data import tasks
+from experiments.engine import command, driver
+from experiments.engine.driver import Method
+from experiments.engine.record import Record, is_first, over_seeds, table
+from experiments.networks.models import MLP
+from experiments.training.loop import Boundary, Learner, consolidate, learner, reset
 
 GROUPS = [(0, 1), (2, 3), (4, 5), (6, 7), (8, 9)]
 TITLES = [f"{a} or {b}" for a, b in GROUPS]

@@ -11,10 +11,10 @@ import numpy as np
 import optax
 
 import si_jax
-from experiments import command
-from experiments.record import Record, is_first
+from experiments import figures
+from experiments.engine import command
+from experiments.engine.record import Record, is_first
 from experiments.split_mnist import check_strengths
-from si_jax import theory_figures
 
 Loss = Callable[[jax.Array], jax.Array]
 
@@ -144,7 +144,7 @@ def run(config: Config) -> None:
     drop, matched = (one["start"][i] - one["end"][i] for i in (1, 2))
     print(f"the loss fell by {drop:.3f}, the surrogate loss by {matched:.3f}")
     record.save("figure_1", figure_1(two))
-    record.save("figure_2", theory_figures.surrogate(one))
+    record.save("figure_2", figures.surrogate(one))
     print(f"Everything is in {record.folder}.")
 
 
@@ -154,7 +154,7 @@ def figure_1(found: dict[str, Any]) -> Any:
     points = jnp.stack(jnp.meshgrid(x, y), axis=-1).reshape(-1, 2)
     maps = [jax.vmap(loss)(points).reshape(len(y), len(x)) for loss in TASKS]
     paths = {name: np.asarray(run["path"]) for name, run in found.items()}
-    return theory_figures.trajectories(x, y, maps, paths)
+    return figures.trajectories(x, y, maps, paths)
 
 
 if __name__ == "__main__":

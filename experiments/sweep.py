@@ -7,9 +7,10 @@ import numpy as np
 import optax
 from matplotlib.figure import Figure
 
-from experiments import command, driver, split_mnist
-from experiments.record import Record, best, is_first, number, summarize, table
-from si_jax import figures, metrics
+from experiments import figures, split_mnist
+from experiments.engine import command, driver
+from experiments.engine.record import Record, best, is_first, number, summarize, table
+from si_jax import metrics
 
 GRID = "grid"
 

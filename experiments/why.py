@@ -20,12 +20,12 @@ from matplotlib.figure import Figure
 from scipy import stats
 
 import si_jax
-from experiments import command, driver, permuted_mnist, scenarios, split_mnist
-from experiments.driver import Method, Problem
-from experiments.record import Record, aligned, cell, is_first, over_seeds
-from si_jax import ewc, importance, metrics, theory_figures
-from si_jax.models import MLP, mask_logits
-from si_jax.train import (
+from experiments import figures, permuted_mnist, scenarios, split_mnist
+from experiments.engine import command, driver
+from experiments.engine.driver import Method, Problem
+from experiments.engine.record import Record, aligned, cell, is_first, over_seeds
+from experiments.networks.models import MLP, mask_logits
+from experiments.training.loop import (
     Boundary,
     Carry,
     Learner,
@@ -36,6 +36,7 @@ from si_jax.train import (
     learner,
     reset,
 )
+from si_jax import ewc, importance, metrics
 
 Name = Literal[
     "fine-tuning",
@@ -565,7 +566,7 @@ def accuracy_table(runs: dict[str, Any]) -> str:
 
 def correlations_figure(runs: dict[str, Any], name: str) -> Figure:
     """All pairs, a panel a batch size and layer."""
-    return theory_figures.pairs(
+    return figures.pairs(
         {
             f"batch size {batch_size}": {
                 layer: {k: np.mean(x[k], axis=0) for k in ("rank", "linear")}
@@ -585,7 +586,7 @@ def accuracy_figure(runs: dict[str, Any], name: str) -> Figure:
         after = np.asarray(metrics.average_accuracy(run["test"]))
         accuracy.setdefault(TITLES[of], {})[size] = after
     of_size = {size: shares(found["ω"]) for size, found in measured(runs).items()}
-    return theory_figures.by_batch_size(
+    return figures.by_batch_size(
         {
             f"{name}, {bound}": {size: found[name] for size, found in of_size.items()}
             for name, bound in (("noise", "at least"), ("long steps", "at most"))

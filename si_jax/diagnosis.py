@@ -18,7 +18,7 @@ class Diagnosis(NamedTuple):
     """What :func:`diagnose` found: dicts of scalars by the names of the leaves.
 
     ``print`` shows it as a table, with a line below for what points to a mistake;
-    ``si_jax.figures.diagnosis`` as bars.
+    ``experiments.figures.diagnosis`` as bars.
 
     Attributes:
       importance: ΣΩ, in loss per squared parameter.

@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from si_jax import data
-from si_jax.data import Examples
+from experiments.data import images as data
+from experiments.data.images import Examples
 
 
 def write(folder, name, train, test, *, classes=10, shape=(28, 28, 1)):

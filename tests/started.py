@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["experiments.driver", "optax", "tensorflow_datasets"])
+CONTEXT.set_forkserver_preload(
+    ["experiments.engine.driver", "optax", "tensorflow_datasets"]
+)
 
 
 class End(NamedTuple):
@@ -69,7 +71,7 @@ def _run(arguments, said, end, cores):
 
 
 def _end_by(end):
-    from experiments.record import Record
+    from experiments.engine.record import Record
 
     epochs, calls, log = itertools.count(1), itertools.count(), Record.log
 

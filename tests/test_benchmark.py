@@ -11,16 +11,17 @@ import optax
 import pytest
 
 import si_jax
-from experiments import benchmark, command
-from si_jax.data import Examples
-from si_jax.models import MLP
+from experiments import benchmark
+from experiments.data.images import Examples
+from experiments.engine import command
+from experiments.networks.models import MLP
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("torch"), reason="no PyTorch here")
 def test_the_peers_in_pytorch_compute_what_we_do():
     import torch
 
-    from experiments import benchmark_torch
+    from experiments.networks import torch_si
 
     rng = np.random.default_rng(0)
     images = rng.random((8, 784), np.float32)
@@ -28,8 +29,8 @@ def test_the_peers_in_pytorch_compute_what_we_do():
     after = {}
     for name in ("torch SI", "torch SI, careful"):
         torch.manual_seed(0)
-        model = benchmark_torch.mlp((5,))
-        step = benchmark_torch.METHODS[name](model)
+        model = torch_si.mlp((5,))
+        step = torch_si.METHODS[name](model)
         for _ in range(3):
             step(torch.tensor(images), torch.tensor(labels))
         after[name] = [p.detach().numpy() for p in model.parameters()]
@@ -40,11 +41,11 @@ def test_the_peers_in_pytorch_compute_what_we_do():
 @pytest.mark.skipif(not importlib.util.find_spec("torch"), reason="no PyTorch here")
 @pytest.mark.parametrize("name", benchmark.NETS)
 def test_the_peers_have_our_networks(name):
-    from experiments import benchmark_torch
+    from experiments.networks import torch_si
 
     net = benchmark.NETS[name]
     params = net.model.init(jax.random.key(0), jnp.zeros((1, *net.image_shape)))
-    theirs = benchmark_torch.network(net.model).parameters()
+    theirs = torch_si.network(net.model).parameters()
     assert sorted(p.numel() for p in theirs) == sorted(
         x.size for x in jax.tree.leaves(params)
     )
@@ -52,7 +53,7 @@ def test_the_peers_have_our_networks(name):
 
 @pytest.mark.skipif(not importlib.util.find_spec("torch"), reason="no PyTorch here")
 def test_a_whole_run_in_pytorch_remembers():
-    from experiments import benchmark_torch
+    from experiments.networks import torch_si
 
     rng = np.random.default_rng(0)
     labels = np.arange(400, dtype=np.int32) % 4
@@ -60,7 +61,7 @@ def test_a_whole_run_in_pytorch_remembers():
     for label in range(4):
         images[labels == label, 7 * label : 7 * label + 7] += 100
     digits, mirrored = Examples(images, labels), Examples(images, labels ^ 1)
-    test, train = benchmark_torch.split_mnist(
+    test, train = torch_si.split_mnist(
         digits, mirrored, [(0, 1), (2, 3)], epochs=3, seed=0
     )
     np.testing.assert_allclose(test, 1 - train, atol=1e-6)
@@ -72,12 +73,12 @@ def test_a_whole_run_in_pytorch_remembers():
 def test_the_peer_in_pytorch_consolidates_by_equation_5():
     import torch
 
-    from experiments import benchmark_torch
+    from experiments.networks import torch_si
 
     torch.manual_seed(0)
-    model = benchmark_torch.mlp((5,))
-    si = benchmark_torch.PathIntegral(model, 1.0)
-    step = benchmark_torch.usual(model, si)
+    model = torch_si.mlp((5,))
+    si = torch_si.PathIntegral(model, 1.0)
+    step = torch_si.usual(model, si)
     for _ in range(3):
         step(torch.rand(8, 784), torch.randint(0, 10, (8,)))
     before = [[x.clone() for x in xs] for xs in (si.omega, si.reference)]

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from experiments.engine.checkpoint import Checkpoints
 from si_jax import sweep
-from si_jax.checkpoint import Checkpoints
 
 
 def tree(value):

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from started import run
 
-from experiments import command
-from experiments.command import CONFIGS, UserError, parse
+from experiments.engine import command
+from experiments.engine.command import CONFIGS, UserError, parse
 from experiments.split_mnist import Config
 
 

@@ -13,8 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from si_jax import data, tfrecord
-from si_jax.data import Examples
+from experiments.data import images as data
+from experiments.data import tfrecord
+from experiments.data.images import Examples
 
 
 @pytest.fixture
@@ -512,8 +513,8 @@ def test_a_format_that_is_not_read_is_named(tfrecords, tmp_path):
 @pytest.mark.parametrize("package", ["tensorflow-datasets", "google_crc32c"])
 def test_a_package_that_is_missing_is_named(package, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, package.replace("-", "_"), None)
-    monkeypatch.delitem(sys.modules, "si_jax.tfrecord")
-    monkeypatch.delattr("si_jax.tfrecord")
+    monkeypatch.delitem(sys.modules, "experiments.data.tfrecord")
+    monkeypatch.delattr("experiments.data.tfrecord")
     message = rf"{package} is not installed: pip install 'si_jax\[experiments\]'"
     with pytest.raises(data.DataError, match=message):
         data.load("mnist", data_dir=tmp_path)

@@ -12,7 +12,8 @@ from optax import contrib
 from problem import FORMS, OPTIMIZERS, init, lenient, train
 
 import si_jax
-from si_jax import ewc, figures, theory
+from experiments import figures
+from si_jax import ewc, theory
 
 SGD = optax.sgd(0.05)
 forms = pytest.mark.parametrize("form", FORMS)

@@ -17,7 +17,6 @@ import pytest
 from experiments import (
     benchmark,
     benchmark_sweep,
-    command,
     finetune,
     importance,
     permuted_mnist,
@@ -27,7 +26,8 @@ from experiments import (
     sweep,
     why,
 )
-from experiments.record import Record, table
+from experiments.engine import command
+from experiments.engine.record import Record, table
 from si_jax.metrics import (
     average_accuracy,
     average_accuracy_so_far,

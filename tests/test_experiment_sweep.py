@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from experiments import benchmark_sweep, command, split_mnist, sweep
-from si_jax import figures
+from experiments import benchmark_sweep, figures, split_mnist, sweep
+from experiments.engine import command
 
 
 def test_the_best_mean_is_chosen():

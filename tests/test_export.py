@@ -9,9 +9,9 @@ from typing import ClassVar
 import numpy as np
 import pytest
 
-from experiments import export
-from experiments.command import Options, UserError
-from experiments.record import Record
+from experiments.engine import export
+from experiments.engine.command import Options, UserError
+from experiments.engine.record import Record
 
 MATRIX = np.array([[[1.0, 0.5], [0.75, 1.0]], [[1.0, 0.5], [0.25, 1.0]]])
 RUN = {"test": MATRIX, "train": MATRIX / 2, "initial": MATRIX[:, 0] / 4, "seconds": 1.5}

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from si_jax import figures
+from experiments import figures
 
 
 def test_accuracy_by_task_draws_each_task_from_when_it_was_learned():

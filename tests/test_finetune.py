@@ -9,8 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import command, finetune, texts
-from experiments.command import UserError
+from experiments import finetune
+from experiments.data import texts
+from experiments.engine import command
+from experiments.engine.command import UserError
 from experiments.finetune import Config, Family
 
 TOY = {

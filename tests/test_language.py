@@ -7,9 +7,9 @@ import optax
 import pytest
 from flax import nnx
 
-from si_jax import language
-from si_jax.train import Carry
-from si_jax.transformer import Transformer, functional
+from experiments.networks.transformer import Transformer, functional
+from experiments.training import language
+from experiments.training.loop import Carry
 
 TEXTS = language.join([np.arange(100, dtype=np.uint8), np.full(50, 200, np.uint8)], 0.2)
 

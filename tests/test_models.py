@@ -7,8 +7,8 @@ import optax
 import pytest
 from flax import linen as nn
 
-from si_jax import models
-from si_jax.models import CNN, MLP, convolve, halve, mask_logits, winograd
+from experiments.networks import models
+from experiments.networks.models import CNN, MLP, convolve, halve, mask_logits, winograd
 
 IMAGES = jnp.ones((2, 28, 28, 1))
 NUMBERS = {"dimension_numbers": ("NHWC", "HWIO", "NHWC")}

@@ -9,8 +9,8 @@ import pytest
 from matplotlib.figure import Figure
 
 import si_jax
-from experiments import command, permuted_mnist
-from si_jax import figures
+from experiments import figures, permuted_mnist
+from experiments.engine import command
 
 METHODS = {
     "si c=0.1",

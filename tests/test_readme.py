@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from experiments import permuted_mnist, split_cifar
-from experiments.record import cell, count
+from experiments.engine.record import cell, count
 from si_jax.metrics import average_accuracy
 
 ROOT = Path(__file__).parent.parent

@@ -11,8 +11,9 @@ import jax
 import numpy as np
 import pytest
 
-from experiments.command import Options, UserError
-from experiments.record import (
+from experiments import figures
+from experiments.engine.command import Options, UserError
+from experiments.engine.record import (
     Record,
     aligned,
     best,
@@ -24,7 +25,7 @@ from experiments.record import (
     table,
     versions,
 )
-from si_jax import figures
+from experiments.figures.accuracy import STYLE
 
 MATRIX = np.array([[[1.0, 0.5], [0.75, 1.0]], [[1.0, 0.5], [0.25, 1.0]]])
 RUN = {"test": MATRIX, "train": MATRIX, "initial": MATRIX[:, 0], "seconds": 1.5}
@@ -93,7 +94,7 @@ def test_a_record_of_another_jaxlib_says_so(tmp_path, capsys):
 @pytest.mark.parametrize("platform", ["cpu", "gpu"])
 def test_an_accelerators_precision_is_kept(platform, monkeypatch):
     device = types.SimpleNamespace(platform=platform, device_kind="one")
-    monkeypatch.setattr("experiments.record.jax.devices", lambda: [device])
+    monkeypatch.setattr("experiments.engine.record.jax.devices", lambda: [device])
     with jax.default_matmul_precision("highest"):
         found = versions()
     assert found["device"] == f"{platform}: one"
@@ -105,7 +106,7 @@ def test_a_method_finished_under_other_versions_says_so(tmp_path, monkeypatch):
     record = Record("e", Config(out=tmp_path))
     record.add("before", RUN)
     later = {**record.content["versions"], "jax": "99.0"}
-    monkeypatch.setattr("experiments.record.versions", lambda: later)
+    monkeypatch.setattr("experiments.engine.record.versions", lambda: later)
     record.add("after", RUN)
     assert "versions" not in record.runs["before"]
     assert record.runs["after"]["versions"]["jax"] == "99.0"
@@ -157,7 +158,7 @@ def test_figures_are_written_as_they_are_styled(tmp_path):
     figure = figures.heat_map([[1.0]], [1], [1], labels=("a", "b"), title="t")
     Record("e", Config(out=tmp_path)).save("f", figure)
     width = int.from_bytes((tmp_path / "f.png").read_bytes()[16:20], "big")
-    assert width == round(figure.get_figwidth() * figures.STYLE["savefig.dpi"])
+    assert width == round(figure.get_figwidth() * STYLE["savefig.dpi"])
 
 
 def test_damage_and_unwritable_folders_are_said(tmp_path):
@@ -317,7 +318,7 @@ def test_a_run_that_went_on_under_other_versions_names_both(tmp_path, monkeypatc
     assert record.runs["si"]["earlier_versions"] == [older]
     assert "versions" not in record.runs["si"]
     assert "earlier_versions" not in record.runs["sgd"]
-    monkeypatch.setattr("experiments.record.versions", lambda: newer)
+    monkeypatch.setattr("experiments.engine.record.versions", lambda: newer)
     record.keep_versions(["si seeds 2-3"], [here, newer])
     record.add("si", RUN)
     found = Record("e", Config(out=tmp_path)).runs["si"]["parts"]
@@ -333,7 +334,7 @@ def test_seeds_are_added_to_a_record_and_none_taken_away(tmp_path, monkeypatch):
     record.add("si", first)
     before = record.content["versions"]
     later = {**before, "commit": "later"}
-    monkeypatch.setattr("experiments.record.versions", lambda: later)
+    monkeypatch.setattr("experiments.engine.record.versions", lambda: later)
     record = Record("e", Config(out=tmp_path))
     assert record.missing("si", 2) == []
     assert record.missing("si", 5) == [range(2, 5)]

@@ -9,12 +9,13 @@ import made_up
 import numpy as np
 import pytest
 
-from experiments import command, driver, scenarios
-from experiments.command import UserError
-from si_jax import figures, importance
-from si_jax.models import MLP, mask_logits
-from si_jax.tasks import look_up
-from si_jax.train import Carry, Learner
+from experiments import figures, scenarios
+from experiments.data.tasks import look_up
+from experiments.engine import command, driver
+from experiments.engine.command import UserError
+from experiments.networks.models import MLP, mask_logits
+from experiments.training.loop import Carry, Learner
+from si_jax import importance
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,8 @@ import numpy as np
 import optax
 import pytest
 
-from experiments import command, importance, quadratic, split_mnist, surrogate
-from si_jax import theory_figures
+from experiments import figures, importance, quadratic, split_mnist, surrogate
+from experiments.engine import command
 
 
 def run(experiment, config):
@@ -137,7 +137,7 @@ def test_importances_of_a_small_network(tmp_path):
         assert 0.2 < first["alive"] < 1
     lines = importance.table(runs).splitlines()
     assert lines[1].startswith("layer 1")
-    figure = theory_figures.importances(runs["seed 0"]["sample"])
+    figure = figures.importances(runs["seed 0"]["sample"])
     assert [panel.get_title() for panel in figure.axes] == ["layer 1", "layer 2"]
 
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 import si_jax
-from experiments import command, split_cifar
-from si_jax import figures
+from experiments import figures, split_cifar
+from experiments.engine import command
 
 
 @pytest.fixture(scope="module")

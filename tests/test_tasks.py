@@ -3,8 +3,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from si_jax import tasks
-from si_jax.data import Examples
+from experiments.data import tasks
+from experiments.data.images import Examples
 
 LABELS = np.array([2, 0, 1, 3, 2, 2, 0])
 

@@ -13,13 +13,13 @@ import pytest
 from problem import lenient
 
 import si_jax
-from experiments import driver
-from experiments.command import Options, UserError
-from experiments.record import Record
-from si_jax import ewc, metrics, sweep, tasks
-from si_jax.data import Examples
-from si_jax.models import MLP, mask_logits
-from si_jax.train import (
+from experiments.data import tasks
+from experiments.data.images import Examples
+from experiments.engine import driver
+from experiments.engine.command import Options, UserError
+from experiments.engine.record import Record
+from experiments.networks.models import MLP, mask_logits
+from experiments.training.loop import (
     Learner,
     consolidate,
     consolidate_fisher,
@@ -32,6 +32,7 @@ from si_jax.train import (
     reset,
     train,
 )
+from si_jax import ewc, metrics, sweep
 
 EPOCHS = 4
 GROUPS = [(0, 1), (2, 3)]

@@ -11,10 +11,10 @@ import problem
 import pytest
 
 import si_jax
-from experiments import command, why
-from si_jax import theory_figures
-from si_jax.models import MLP
-from si_jax.train import Carry
+from experiments import figures, why
+from experiments.engine import command
+from experiments.networks.models import MLP
+from experiments.training.loop import Carry
 
 
 @pytest.fixture(scope="module")
@@ -228,7 +228,7 @@ def test_bias_by_noise_and_by_long_steps_are_told_apart(shuffled):
 
 
 def test_the_figure_has_the_bias_and_the_accuracies():
-    figure = theory_figures.by_batch_size(
+    figure = figures.by_batch_size(
         {"noise": {32: [0.5, 0.7], 256: [0.1, 0.1]}, "long steps": {32: [0.0]}},
         {"SI": {32: [0.9], 256: [0.8, 0.6]}},
     )

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from si_jax.data import Examples
+from experiments.data.images import Examples
 
 
 class PermutedExamples(NamedTuple):
@@ -64,7 +64,7 @@ def split_classes(
         not an output.
 
     Example:
-      >>> from si_jax import tasks
+      >>> from experiments.data import tasks
       >>> task = tasks.split_classes([0, 1, 2, 3, 2], [(0, 1), (2, 3)], outputs=4)
       >>> print(task.size, task.rows[1])
       [2 3] [2 3 4]
@@ -103,7 +103,7 @@ def permuted(examples: int, count: int, outputs: int) -> Task:
       :class:`PermutedExamples` of :func:`permute`.
 
     Example:
-      >>> from si_jax import tasks
+      >>> from experiments.data import tasks
       >>> print(tasks.permuted(3, 2, outputs=4).rows)
       [[0 1 2]
        [3 4 5]]
@@ -124,7 +124,7 @@ def together(tasks: Task) -> Task:
       A :class:`Task` whose fields have a first axis of length 1.
 
     Example:
-      >>> from si_jax import tasks
+      >>> from experiments.data import tasks
       >>> task = tasks.together(tasks.permuted(3, 2, outputs=4))
       >>> print(task.rows, task.size)
       [[0 1 2 3 4 5]] [6]
@@ -142,7 +142,7 @@ def padded(tasks: Task, capacity: int) -> Task:
     """The same tasks with more padding, to share a program with larger ones.
 
     Example:
-      >>> from si_jax import tasks
+      >>> from experiments.data import tasks
       >>> print(tasks.padded(tasks.permuted(2, 2, outputs=4), 3).rows)
       [[0 1 0]
        [2 3 0]]
@@ -155,7 +155,7 @@ def first(tasks: Task, count: int) -> Task:
     """The first ``count`` examples of each of several stacked tasks, or all it has.
 
     Example:
-      >>> from si_jax import tasks
+      >>> from experiments.data import tasks
       >>> print(tasks.first(tasks.permuted(3, 2, outputs=4), 2).rows)
       [[0 1]
        [3 4]]
@@ -179,7 +179,8 @@ def permute(examples: Examples, key: jax.Array, count: int) -> PermutedExamples:
 
     Example:
       >>> import jax, numpy as np
-      >>> from si_jax import data, tasks
+      >>> from experiments import data
+      >>> from experiments.data import tasks
       >>> images = np.arange(4, dtype=np.uint8).reshape(1, 2, 2, 1)
       >>> one = data.Examples(images, np.zeros(1, np.int32))
       >>> print(tasks.permute(one, jax.random.key(1), 2).pixels)
@@ -207,7 +208,8 @@ def look_up(
 
     Example:
       >>> import jax, jax.numpy as jnp, numpy as np
-      >>> from si_jax import data, tasks
+      >>> from experiments import data
+      >>> from experiments.data import tasks
       >>> images = np.array([0, 0, 255, 255], np.uint8).reshape(1, 2, 2, 1)
       >>> one = data.Examples(images, np.zeros(1, np.int32))
       >>> seen = tasks.permute(one, jax.random.key(1), 2)
@@ -239,7 +241,7 @@ def shuffle(task: Task, key: jax.Array) -> jax.Array:
 
     Example:
       >>> import jax
-      >>> from si_jax import tasks
+      >>> from experiments.data import tasks
       >>> pair = tasks.split_classes([0, 1, 2, 3, 2], [(0, 1), (2, 3)], outputs=4)
       >>> first = jax.tree.map(lambda x: x[0], pair)  # 2 examples, 1 row of padding
       >>> print(sorted(tasks.shuffle(first, jax.random.key(0))[:2].tolist()))

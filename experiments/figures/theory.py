@@ -12,8 +12,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
 
+from experiments.figures.accuracy import COLOURS, STYLE
 from si_jax import metrics
-from si_jax.figures import COLOURS, STYLE
 
 
 def quadratic(

@@ -13,10 +13,10 @@ import jax.numpy as jnp
 import optax
 
 import si_jax
+from experiments.data.images import Examples
+from experiments.data.tasks import PermutedExamples, Task, look_up, shuffle
+from experiments.networks.models import mask_logits
 from si_jax import ewc, importance, metrics, state, transform
-from si_jax.data import Examples
-from si_jax.models import mask_logits
-from si_jax.tasks import PermutedExamples, Task, look_up, shuffle
 
 AnyExamples = Examples | PermutedExamples
 
@@ -81,7 +81,7 @@ Boundary = Callable[[Carry, Any, Any, jax.Array], Carry]
 
 
 class Learner(NamedTuple):
-    """The pieces of a run, on images or, of :mod:`si_jax.language`, on texts.
+    """The pieces of a run, on images or (``experiments.training.language``) on texts.
 
     Attributes:
       init: ``key → carry``.
@@ -447,7 +447,7 @@ def sum_over_parts(
 
     Example:
       >>> import jax, jax.numpy as jnp
-      >>> from si_jax.train import sum_over_parts
+      >>> from experiments.training.loop import sum_over_parts
       >>> total = lambda part, key: part.sum()
       >>> print(sum_over_parts(total, jnp.arange(6.0), jax.random.key(0), 2))
       15.0
@@ -510,7 +510,7 @@ def correlations(carry: Carry) -> dict[str, jax.Array]:
 
     Example:
       >>> import jax.numpy as jnp
-      >>> from si_jax.train import Carry, correlations
+      >>> from experiments.training.loop import Carry, correlations
       >>> omega = {"kernel": jnp.array([[[1.0], [0.0]], [[0.0], [1.0]]])}  # two tasks'
       >>> print(correlations(Carry(None, None, omega))["kernel"].round(3))
       [[ 1. -1.]
@@ -552,8 +552,10 @@ def train(
 
     Example:
       >>> import jax, numpy as np, optax, si_jax
-      >>> from si_jax import data, models, tasks
-      >>> from si_jax.train import consolidate, learner, reset, train
+      >>> from experiments import data
+      >>> from experiments.data import tasks
+      >>> from experiments.networks import models
+      >>> from experiments.training.loop import consolidate, learner, reset, train
       >>> labels = np.arange(80, dtype=np.int32) % 4
       >>> images = np.zeros((80, 4), np.uint8)
       >>> images[np.arange(80), labels] = 255  # each class lights a pixel of its own

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.command import UserError
+from experiments.engine.command import UserError
 from si_jax import metrics
 
 COLUMNS = ("method", "seed", "split", "measure", "after", "task", "value")

@@ -1,7 +1,8 @@
 """Training a language model of bytes on one text after another, as pure functions.
 
-The pieces are those of :mod:`si_jax.train`, so the same drivers run them; only what an
-example is, and what is measured, is another: windows of a text, and bits a byte.
+The pieces are those of :mod:`experiments.training.loop`, so the same drivers run them;
+only what an example is, and what is measured, is another: windows of a text, and bits a
+byte.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,7 +14,7 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
-from si_jax.train import (
+from experiments.training.loop import (
     Boundary,
     Carry,
     Epoch,
@@ -63,7 +64,7 @@ def join(texts: Sequence[np.ndarray], held_out: float = 0.0) -> Texts:
 
     Example:
       >>> import numpy as np
-      >>> from si_jax import language
+      >>> from experiments.training import language
       >>> texts = [np.frombuffer(x, np.uint8) for x in (b"abcd", b"ef")]
       >>> joined = language.join(texts, held_out=0.5)
       >>> print(joined.content, joined.begin, joined.size)
@@ -92,7 +93,7 @@ def spread(begin: int, size: int, count: int, length: int) -> np.ndarray:
       int32 ``(count,)``.
 
     Example:
-      >>> from si_jax import language
+      >>> from experiments.training import language
       >>> print(language.spread(100, 10, count=3, length=4))
       [100 103 106]
     """
@@ -104,7 +105,7 @@ def cut(content: ArrayLike, starts: ArrayLike, length: int) -> jax.Array:
 
     Example:
       >>> import jax.numpy as jnp
-      >>> from si_jax import language
+      >>> from experiments.training import language
       >>> print(language.cut(jnp.arange(10), jnp.array([2, 5]), length=3))
       [[2 3 4]
        [5 6 7]]
@@ -133,7 +134,7 @@ def draw(
 
     Example:
       >>> import jax, jax.numpy as jnp, numpy as np
-      >>> from si_jax import language
+      >>> from experiments.training import language
       >>> texts = language.join([np.zeros(9, np.uint8), np.arange(5, dtype=np.uint8)])
       >>> second = jnp.array([0.0, 1.0])
       >>> print(language.draw(texts, second, jax.random.key(0), 2, length=4))
@@ -165,15 +166,16 @@ def learner(
       start: ``key → carry`` to begin with.
       batch_size: sequences a step.
       length: bytes of a sequence that are predicted, from those before.
-      boundary: what to do at a text's end, as of :func:`si_jax.train.learner`, with
-        :class:`Texts` for examples and a :class:`Stage` for the task.
+      boundary: what to do at a text's end, as of
+        :func:`experiments.training.loop.learner`, with :class:`Texts` for examples and
+        a :class:`Stage` for the task.
       micro_batch: add up the gradient of a batch over parts of this size, which must
         divide it: the same gradient in less memory. 0 takes the batch as a whole.
 
     Returns:
-      A :class:`si_jax.train.Learner`. Its ``epoch`` takes :class:`Texts` and a
-      :class:`Stage`; its ``evaluate`` takes :class:`Texts` and, for each task, where in
-      them windows of ``length + 1`` bytes start, int32 ``(tasks, windows)``, and
+      A :class:`~experiments.training.loop.Learner`. Its ``epoch`` takes
+      :class:`Texts` and a :class:`Stage`; its ``evaluate`` takes :class:`Texts` and,
+      for each task, where in them windows of ``length + 1`` bytes start, int32 ``(tasks, windows)``, and
       returns the loss on them in bits a byte, float32 ``(tasks,)``.
 
     Raises:
@@ -181,8 +183,8 @@ def learner(
 
     Example:
       >>> import jax, jax.numpy as jnp, numpy as np, optax
-      >>> from si_jax import language
-      >>> from si_jax.train import Carry
+      >>> from experiments.training import language
+      >>> from experiments.training.loop import Carry
       >>> def logits(params, text):  # of the next byte, given the last
       ...     return params[text.astype(jnp.int32)]
       >>> def start(key):
@@ -308,7 +310,7 @@ def sample(
 
     Example:
       >>> import jax, jax.numpy as jnp
-      >>> from si_jax import language
+      >>> from experiments.training import language
       >>> def successor(_, text):
       ...     return 99 * jax.nn.one_hot(text.astype(jnp.int32) + 1, 256)
       >>> prompt = jnp.frombuffer(b"ab", jnp.uint8)

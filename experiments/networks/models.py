@@ -32,7 +32,7 @@ class MLP(nn.Module):
 
     Example:
       >>> import jax, jax.numpy as jnp
-      >>> from si_jax import models
+      >>> from experiments.networks import models
       >>> model, images = models.MLP((256, 256), 10), jnp.ones((2, 28, 28, 1))
       >>> params = model.init(jax.random.key(0), images)
       >>> print(model.apply(params, images).shape)
@@ -71,7 +71,7 @@ class CNN(nn.Module):
 
     Example:
       >>> import jax, jax.numpy as jnp
-      >>> from si_jax import models
+      >>> from experiments.networks import models
       >>> params = models.CNN(60).init(jax.random.key(0), jnp.ones((1, 32, 32, 3)))
       >>> print(sum(x.size for x in jax.tree.leaves(params)))
       1276508
@@ -137,7 +137,7 @@ def convolve(
 
     Example:
       >>> import jax.numpy as jnp
-      >>> from si_jax import models
+      >>> from experiments.networks import models
       >>> images, kernel = jnp.ones((1, 4, 4, 2)), jnp.ones((3, 3, 2, 1))
       >>> print(models.convolve(images, kernel, (1, 1), "VALID")[0, :, :, 0])
       [[18. 18.]
@@ -200,7 +200,7 @@ def winograd(images: jax.Array, kernel: jax.Array) -> jax.Array:
 
     Example:
       >>> import jax.numpy as jnp
-      >>> from si_jax import models
+      >>> from experiments.networks import models
       >>> images, kernel = jnp.ones((1, 4, 5, 2)), jnp.ones((3, 3, 2, 1))
       >>> print(models.winograd(images, kernel)[0, :, :, 0])
       [[18. 18. 18.]
@@ -254,7 +254,7 @@ def halve(images: jax.Array) -> jax.Array:
 
     Example:
       >>> import jax.numpy as jnp
-      >>> from si_jax import models
+      >>> from experiments.networks import models
       >>> print(models.halve(jnp.arange(15.0).reshape(1, 3, 5, 1))[0, :, :, 0])
       [[6. 8.]]
     """
@@ -276,7 +276,7 @@ def mask_logits(logits: jax.Array, classes: jax.Array) -> jax.Array:
 
     Example:
       >>> import jax, jax.numpy as jnp
-      >>> from si_jax import models
+      >>> from experiments.networks import models
       >>> logits, classes = jnp.array([3.0, 1.0, 1.0]), jnp.array([False, True, True])
       >>> print(jax.nn.softmax(models.mask_logits(logits, classes)))
       [0.  0.5 0.5]

@@ -27,7 +27,7 @@ class Checkpoints:
 
     Example:
       >>> import pathlib, tempfile, jax.numpy as jnp
-      >>> from si_jax.checkpoint import Checkpoints
+      >>> from experiments.engine.checkpoint import Checkpoints
       >>> with tempfile.TemporaryDirectory() as folder:
       ...     checkpoints = Checkpoints(pathlib.Path(folder))
       ...     checkpoints.save(1, {"w": jnp.ones(2)})

@@ -14,9 +14,9 @@ import jax
 import numpy as np
 import tyro
 
-from si_jax.data import DataError
+from experiments.data.images import DataError
 
-CONFIGS = Path(__file__).parent.parent / "configs"
+CONFIGS = Path(__file__).parents[2] / "configs"
 
 Config = TypeVar("Config", bound="Options")
 

@@ -25,11 +25,11 @@ import numpy as np
 from jax.experimental import multihost_utils
 from matplotlib.figure import Figure
 
-from experiments.command import Options, UserError
-from experiments.export import TensorBoard, measured, splits, tidy
+from experiments.engine.checkpoint import Checkpoints
+from experiments.engine.command import Options, UserError
+from experiments.engine.export import TensorBoard, measured, splits, tidy
+from experiments.figures.accuracy import STYLE
 from si_jax import metrics
-from si_jax.checkpoint import Checkpoints
-from si_jax.figures import STYLE
 
 PACKAGES = ("si_jax", "jax", "jaxlib", "flax", "optax", "numpy")
 PLACES = [field.name for field in dataclasses.fields(Options)]

@@ -91,7 +91,7 @@ def heat_map(
       The figure.
 
     Example:
-      >>> from si_jax import figures
+      >>> from experiments import figures
       >>> figure = figures.heat_map(
       ...     [[0.9, 0.8]], [1.0], [0.1, 1.0], labels=("c", "ξ"), title="held out"
       ... )
@@ -149,7 +149,7 @@ def accuracy_by_task(
       standard error over the seeds.
 
     Example:
-      >>> from si_jax import figures
+      >>> from experiments import figures
       >>> accuracy = [[[0.9, 0.5], [0.8, 0.9]]]  # a seed, two tasks
       >>> figure = figures.accuracy_by_task({"si": accuracy}, ["1", "2"], chance=0.5)
       >>> print(len(figure.axes))
@@ -223,7 +223,7 @@ def final_accuracy(
       A panel over the other; error bars are the standard deviation over the seeds.
 
     Example:
-      >>> from si_jax import figures
+      >>> from experiments import figures
       >>> bars = {"Test": {"si": [[0.8, 0.9]], "fine-tuning": [[0.5, 0.9]]}}
       >>> figure = figures.final_accuracy(bars, ["1", "2"], chance=0.5)
       >>> print(len(figure.axes[0].patches))
@@ -297,7 +297,7 @@ def average_accuracy(
       the seeds.
 
     Example:
-      >>> from si_jax import figures
+      >>> from experiments import figures
       >>> figure = figures.average_accuracy({"si": [[0.98, 0.96]]}, single=[0.98])
       >>> print(len(figure.axes))
       2
@@ -389,7 +389,7 @@ def scenarios(
       are the standard error over the seeds.
 
     Example:
-      >>> from si_jax import figures
+      >>> from experiments import figures
       >>> accuracy = [[[0.9, 0.5], [0.8, 0.9]]]  # a seed, two tasks
       >>> figure = figures.scenarios({"task": {"si": accuracy}, "class": {}})
       >>> print([panel.get_title() for panel in figure.axes])
@@ -458,7 +458,7 @@ def frontier(
       The figure; bars are the standard error over the seeds.
 
     Example:
-      >>> from si_jax import figures
+      >>> from experiments import figures
       >>> curves = {"si": [[[2.0, 1.1], [1.5, 1.6]]]}  # a seed, two strengths
       >>> figure = figures.frontier(curves, start=[[3.0, 1.0]], labels=["new", "old"])
       >>> print(len(figure.axes[0].containers))
@@ -515,7 +515,7 @@ def ratios(groups: Mapping[str, Mapping[str, float]], *, label: str) -> Figure:
       The figure.
 
     Example:
-      >>> from si_jax import figures
+      >>> from experiments import figures
       >>> figure = figures.ratios({"net": {"adam": 1.0, "si": 1.1}}, label="time")
       >>> print([text.get_text() for text in figure.axes[0].texts])
       ['1.00', '1.10']
@@ -554,7 +554,7 @@ def correlations(matrices: Mapping[str, Mapping[str, ArrayLike]]) -> Figure:
       A row a method, a column a layer.
 
     Example:
-      >>> from si_jax import figures
+      >>> from experiments import figures
       >>> matrix = [[1.0, 0.2], [0.2, 1.0]]
       >>> figure = figures.correlations({"si": {"Hidden layer 1": matrix}})
       >>> print(figure.axes[0].get_title())
@@ -606,7 +606,7 @@ def diagnosis(report: Diagnosis) -> Figure:
 
     Example:
       >>> import jax.numpy as jnp, optax, si_jax
-      >>> from si_jax import figures
+      >>> from experiments import figures
       >>> tx = si_jax.with_synaptic_intelligence(optax.sgd(0.1))
       >>> params = {"body": jnp.ones(2), "head": jnp.ones(3)}
       >>> figure = figures.diagnosis(si_jax.diagnose(tx.init(params), params))

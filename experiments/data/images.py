@@ -96,7 +96,7 @@ def load(
       ValueError: for an unknown name or source, or a source that lacks the data set.
 
     Example:
-      >>> from si_jax import data
+      >>> from experiments import data
       >>> digits = data.load("mnist", source="mnist5k")
       >>> digits.name, digits.train.images.shape, digits.test.labels.shape
       ('mnist5k', (4000, 28, 28, 1), (1000,))
@@ -126,7 +126,7 @@ def select(dataset: Dataset, classes: int) -> Dataset:
     """The examples of a data set's first ``classes`` classes.
 
     Example:
-      >>> from si_jax import data
+      >>> from experiments import data
       >>> pair = data.select(data.load("mnist", "mnist5k"), 2)
       >>> print(pair.classes, sorted(set(pair.train.labels.tolist())))
       2 [0, 1]
@@ -152,7 +152,7 @@ def join(first: Dataset, second: Dataset) -> Dataset:
       A :class:`Dataset`, named after both.
 
     Example:
-      >>> from si_jax import data
+      >>> from experiments import data
       >>> digits = data.load("mnist", "mnist5k")
       >>> twice = data.join(digits, digits)
       >>> print(twice.name, twice.classes, twice.train.labels.max())
@@ -188,7 +188,7 @@ def hold_out(dataset: Dataset, fraction: float) -> Dataset:
       ValueError: if ``fraction`` is not in [0, 1).
 
     Example:
-      >>> from si_jax import data
+      >>> from experiments import data
       >>> digits = data.hold_out(data.load("mnist", "mnist5k"), 0.25)
       >>> print(len(digits.train.labels), len(digits.test.labels))
       3000 1000
@@ -292,7 +292,7 @@ def _from_array_record(builder: Any, split: str) -> Iterator[Any]:
 
 
 def _from_tfrecord(builder: Any, split: str) -> Iterator[Any]:
-    from si_jax import tfrecord
+    from experiments.data import tfrecord
 
     for file in builder.info.splits[split].file_instructions:
         records = list(tfrecord.read(Path(file.filename)))

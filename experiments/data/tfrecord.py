@@ -32,7 +32,7 @@ def read(path: Path) -> Iterator[bytes]:
 
     Example:
       >>> import pathlib, tempfile
-      >>> from si_jax import tfrecord
+      >>> from experiments.data import tfrecord
       >>> path = pathlib.Path(tempfile.mkdtemp()) / "omega.tfrecord"
       >>> length, content = (5).to_bytes(8, "little"), b"omega"
       >>> _ = path.write_bytes(length + b"\xea\xb2\4>" + content + b"\x89\xa4)\xff")

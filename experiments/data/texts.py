@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments.command import UserError
+from experiments.engine.command import UserError
 
 
 def prose() -> bytes:

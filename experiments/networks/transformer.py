@@ -34,7 +34,7 @@ class Transformer(nnx.Module):
     Example:
       >>> import jax, jax.numpy as jnp
       >>> from flax import nnx
-      >>> from si_jax.transformer import Transformer
+      >>> from experiments.networks.transformer import Transformer
       >>> model = Transformer(32, layers=2, heads=4, length=16, rngs=nnx.Rngs(0))
       >>> print(model(jnp.zeros((3, 16), jnp.uint8)).shape)
       (3, 16, 256)
@@ -129,7 +129,7 @@ def functional(
     Example:
       >>> import jax, jax.numpy as jnp
       >>> from flax import nnx
-      >>> from si_jax.transformer import functional
+      >>> from experiments.networks.transformer import functional
       >>> init, apply = functional(lambda key: nnx.Linear(3, 2, rngs=nnx.Rngs(key)))
       >>> params = init(jax.random.key(0))
       >>> print(apply(params, jnp.ones((5, 3))).shape)

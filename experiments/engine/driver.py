@@ -11,11 +11,11 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from experiments.command import Options, UserError
-from experiments.record import Record, is_first, versions
-from si_jax import metrics, sweep, tasks
-from si_jax.tasks import permute
-from si_jax.train import (
+from experiments.data import tasks
+from experiments.data.tasks import permute
+from experiments.engine.command import Options, UserError
+from experiments.engine.record import Record, is_first, versions
+from experiments.training.loop import (
     Carry,
     Epoch,
     Learner,
@@ -24,6 +24,7 @@ from si_jax.train import (
     init_key,
     permutations_key,
 )
+from si_jax import metrics, sweep
 
 
 class Problem(NamedTuple):

@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from si_jax.data import Examples
-from si_jax.models import CNN, MLP
+from experiments.data.images import Examples
+from experiments.networks.models import CNN, MLP
 
 
 def network(model: MLP | CNN) -> nn.Module:

@@ -1,0 +1,1 @@
+"""What runs an experiment: command lines, progress, records, checkpoints."""
