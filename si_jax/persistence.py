@@ -116,15 +116,17 @@ def persistent(inner: optax.GradientTransformation) -> _Persistent:
     def init_fn(params: optax.Params) -> PersistentState:
         fresh = PersistentState(inner.init(params), jax.tree.map(jnp.array, params))
         implementations, fresh = _implementations(fresh), _numbers(fresh)
-        kinds = jax.eval_shape(lambda: fresh)
-        if kept.state is not None and kinds != jax.eval_shape(lambda: kept.state):
+        if kept.state is not None and _kinds(kept.state) != _kinds(fresh):
             raise ValueError(
                 "persistent keeps the state of other parameters: make another one for "
                 "these, and put what is remembered into its opt_state with "
                 "si_jax.carry_over."
             )
         kept.implementations = implementations
-        return _typed(io_callback(take, kinds, fresh, ordered=True), implementations)
+        kept_or_fresh = io_callback(
+            take, jax.eval_shape(lambda: fresh), fresh, ordered=True
+        )
+        return _typed(kept_or_fresh, implementations)
 
     def update_fn(
         updates: optax.Updates,
@@ -145,6 +147,11 @@ def persistent(inner: optax.GradientTransformation) -> _Persistent:
     tx = _Persistent(init_fn, update_fn)
     tx.kept = kept
     return tx
+
+
+def _kinds(tree: Any) -> Any:
+    leaves, structure = jax.tree.flatten(tree)
+    return structure, [(jnp.shape(x), jnp.result_type(x)) for x in leaves]
 
 
 # --- Random keys, which no callback takes ---------------------------------------------

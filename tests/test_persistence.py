@@ -16,6 +16,9 @@ ADAM = lenient(optax.adam(0.05))
 FORMS = {
     "wrapper": si_jax.with_synaptic_intelligence(ADAM, STRENGTH, damping=DAMPING),
     "link": optax.chain(si_jax.synaptic_intelligence(STRENGTH, damping=DAMPING), ADAM),
+    "injected": optax.inject_hyperparams(
+        functools.partial(si_jax.with_synaptic_intelligence, ADAM)
+    )(strength=STRENGTH, damping=DAMPING),
 }
 
 
