@@ -41,8 +41,14 @@ class _Persistent(optax.GradientTransformationExtraArgs):  # type: ignore[misc]
 
     @opt_state.setter
     def opt_state(self, opt_state: optax.OptState) -> None:
-        state = self._last()._replace(inner_state=opt_state)
-        self.kept.state = jax.tree.map(np.array, _numbers(state))
+        state = _numbers(self._last()._replace(inner_state=opt_state))
+        if _kinds(state) != _kinds(self.kept.state):
+            raise ValueError(
+                "opt_state is of another optimizer, or for other parameters, than this "
+                "one's: put what it remembers into this one's with si_jax.carry_over("
+                "opt_state, into=tx.opt_state)."
+            )
+        self.kept.state = jax.tree.map(np.array, state)
 
     @property
     def params(self) -> optax.Params:
@@ -81,8 +87,9 @@ def persistent(inner: optax.GradientTransformation) -> _Persistent:
       them to the optimizer (in their unconstrained form, say).
 
     Raises:
-      ValueError: if ``init`` is called for parameters of other shapes than those of the
-        state that is kept, or there is no state yet.
+      ValueError: if ``init`` is called for parameters, or ``opt_state`` is assigned, of
+        another structure or other shapes than the state that is kept, or if there is
+        none yet.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, si_jax
@@ -171,6 +178,6 @@ def _numbers(tree: Any) -> Any:
 
 def _typed(numbers: Any, implementations: Any) -> Any:
     def leaf(x, impl):
-        return jax.random.wrap_key_data(x, impl=impl) if impl else jnp.asarray(x)
+        return jax.random.wrap_key_data(x, impl=impl) if impl else jnp.array(x)
 
     return jax.tree.map(leaf, numbers, implementations)

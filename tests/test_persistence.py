@@ -181,6 +181,15 @@ def test_refuses_parameters_of_other_shapes():
         tx.init({"w": jnp.ones((3, 3)), "b": jnp.ones(3)})
 
 
+def test_refuses_the_state_of_another_optimizer():
+    tx = si_jax.persistent(FORMS["wrapper"])
+    tx.init(start())
+    link = FORMS["link"].init(start())
+    with pytest.raises(ValueError, match="of another optimizer"):
+        tx.opt_state = link
+    tx.opt_state = si_jax.carry_over(link, into=tx.opt_state)
+
+
 def test_carries_over_into_the_one_for_a_network_that_grew():
     tx = si_jax.persistent(FORMS["wrapper"])
     params = loop(tx, 0.5, start())
