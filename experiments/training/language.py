@@ -175,8 +175,9 @@ def learner(
     Returns:
       A :class:`~experiments.training.loop.Learner`. Its ``epoch`` takes
       :class:`Texts` and a :class:`Stage`; its ``evaluate`` takes :class:`Texts` and,
-      for each task, where in them windows of ``length + 1`` bytes start, int32 ``(tasks, windows)``, and
-      returns the loss on them in bits a byte, float32 ``(tasks,)``.
+      for each task, where in them windows of ``length + 1`` bytes start, int32
+      ``(tasks, windows)``, and returns the loss on them in bits a byte, float32
+      ``(tasks,)``.
 
     Raises:
       ValueError: if ``micro_batch`` does not divide ``batch_size``.
