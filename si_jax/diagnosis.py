@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from si_jax import surrogate
+from si_jax import checks, surrogate
 from si_jax.ewc import ElasticWeightConsolidationState
 from si_jax.pytrees import align, wide
 from si_jax.state import remembered, require_once
@@ -133,7 +133,7 @@ def diagnose(opt_state: optax.OptState, params: optax.Params) -> Diagnosis:
     for state in require_once(opt_state):
         importance, reference = remembered(state)
         now = align(params, reference, "params")
-        c = surrogate.scalar(state.strength)
+        c = checks.scalar(state.strength)
         terms = surrogate.penalty(now, importance, reference, c.dtype)
         elastic = isinstance(state, ElasticWeightConsolidationState)
         if isinstance(state, SynapticIntelligenceState):

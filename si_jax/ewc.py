@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from si_jax import surrogate
+from si_jax import checks, surrogate
 from si_jax.pytrees import map_states, states, wide
 
 
@@ -100,16 +100,16 @@ def elastic_weight_consolidation(
       <https://arxiv.org/abs/1612.00796>`_, PNAS 2017; Schwarz et al., `Progress &
       Compress <https://arxiv.org/abs/1805.06370>`_, ICML 2018
     """
-    surrogate.check_strength(strength)
+    checks.check_strength(strength)
     gamma = 1.0 if decay is None else decay
-    concrete = surrogate.number("decay", gamma)
+    concrete = checks.number("decay", gamma)
     if concrete is not None and not 0 < concrete <= 1:
         raise ValueError(f"decay (γ of online EWC) must be in (0, 1], got {decay}.")
 
-    strength, gamma = surrogate.frozen(strength), surrogate.frozen(gamma)
+    strength, gamma = checks.frozen(strength), checks.frozen(gamma)
 
     def hyperparameters(like: Any = 0.0) -> tuple[jax.Array, jax.Array, jax.Array]:
-        dtype = jnp.result_type(surrogate.scalar(like))
+        dtype = jnp.result_type(checks.scalar(like))
         return (
             jnp.array(strength, dtype),
             jnp.array(gamma, dtype),
@@ -117,10 +117,10 @@ def elastic_weight_consolidation(
         )
 
     def init_fn(params: optax.Params) -> ElasticWeightConsolidationState:
-        surrogate.check_real(params)
+        checks.check_real(params)
         return ElasticWeightConsolidationState(
-            surrogate.zeros_wide(params),
-            jax.tree.map(lambda p: jnp.array(wide(surrogate.own(p))), params),
+            checks.zeros_wide(params),
+            jax.tree.map(lambda p: jnp.array(wide(checks.own(p))), params),
             *hyperparameters(),
         )
 
@@ -131,7 +131,7 @@ def elastic_weight_consolidation(
         **extra_args: Any,
     ) -> tuple[optax.Updates, ElasticWeightConsolidationState]:
         surrogate.refuse_functions(extra_args)
-        grads, params = surrogate.inputs(updates, params, state.reference)
+        grads, params = checks.inputs(updates, params, state.reference)
         importance, reference = state.importance, state.reference
         c, gamma, online = hyperparameters(state.strength)
         pulled = surrogate.pull_back(grads, params, importance, reference, c)
@@ -177,9 +177,9 @@ def consolidate(
     """
 
     def merge(state: ElasticWeightConsolidationState) -> Any:
-        new = surrogate.importances(importance, state.reference)
-        theta = surrogate.aligned(params, state.reference, "params")
-        decay, online = surrogate.scalar(state.decay), surrogate.scalar(state.online)
+        new = checks.importances(importance, state.reference)
+        theta = checks.aligned(params, state.reference, "params")
+        decay, online = checks.scalar(state.decay), checks.scalar(state.online)
 
         def summed(old, f):
             return decay.astype(old.dtype) * old + f.astype(old.dtype)
@@ -196,5 +196,5 @@ def consolidate(
         )
 
     if not states(opt_state, ElasticWeightConsolidationState):
-        raise surrogate.missing(opt_state, "EWC", "ewc.elastic_weight_consolidation")
+        raise checks.missing(opt_state, "EWC", "ewc.elastic_weight_consolidation")
     return map_states(merge, opt_state, ElasticWeightConsolidationState)

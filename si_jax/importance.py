@@ -19,8 +19,8 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
+from si_jax.checks import zeros_wide
 from si_jax.pytrees import wide
-from si_jax.surrogate import zeros_wide
 
 
 def fisher(

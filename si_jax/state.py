@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from si_jax import surrogate, transform
+from si_jax import checks, surrogate, transform
 from si_jax.ewc import ElasticWeightConsolidationState
 from si_jax.pytrees import extend, map_states, placed, states, wide, zeros
 from si_jax.transform import (
@@ -76,7 +76,7 @@ def carry_over(opt_state: optax.OptState, *, into: optax.OptState) -> optax.OptS
         return _begin(opt_state, into)
     old = find_memories(opt_state)
     for state in (*old, *new):
-        surrogate.scalar(state.strength)
+        checks.scalar(state.strength)
     remaining = {}
     for kind, name in ((_Synaptic, "SI"), (ElasticWeightConsolidationState, "EWC")):
         counts = [sum(isinstance(x, kind) for x in found) for found in (old, new)]
@@ -170,7 +170,7 @@ def _carry_synaptic(old: Any, new: Any) -> Any:
             last_grads=jax.tree.map(zeros, new.last_grads),
             pending=jax.tree.map(jnp.zeros_like, new.pending),
         )
-    pending = jnp.copy(surrogate.scalar(old.pending))
+    pending = jnp.copy(checks.scalar(old.pending))
     return new._replace(
         synapses=synapses,
         last_params=extend(old.last_params, new.last_params),
@@ -237,7 +237,7 @@ def reset_optimizer(
     """
     kept, fresh = _require(opt_state), tx.init(params)
     for state in kept:
-        surrogate.scalar(state.strength)
+        checks.scalar(state.strength)
     if list(map(type, find_memories(fresh))) != list(map(type, kept)):
         raise ValueError(
             "opt_state was not made by this tx: they do not hold the same memories in "
@@ -327,9 +327,9 @@ def add_importance(
         return total.astype(omega.dtype)
 
     def add(state: Any) -> Any:
-        surrogate.scalar(state.strength)
+        checks.scalar(state.strength)
         old, reference = remembered(state)
-        new = surrogate.importances(importance, reference)
+        new = checks.importances(importance, reference)
         total = jax.tree.map(added, old, new)
         if isinstance(state, ElasticWeightConsolidationState):
             return state._replace(importance=total)
@@ -366,7 +366,7 @@ def surrogate_loss(opt_state: optax.OptState, params: optax.Params) -> jax.Array
       0.4
     """
     memories = [
-        surrogate.Memory(*remembered(state), surrogate.scalar(state.strength))
+        surrogate.Memory(*remembered(state), checks.scalar(state.strength))
         for state in _require(opt_state)
     ]
     return surrogate.Penalty(*memories)(params)
@@ -429,7 +429,7 @@ def _require(opt_state: optax.OptState, name: str = "opt_state") -> list[Any]:
 
 
 def _none(opt_state: optax.OptState, name: str) -> ValueError:
-    return surrogate.missing(
+    return checks.missing(
         opt_state,
         "Synaptic Intelligence and no EWC",
         "si_jax.synaptic_intelligence, si_jax.with_synaptic_intelligence or "

@@ -26,11 +26,7 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
-from si_jax.ewc import ElasticWeightConsolidationState
-from si_jax.pytrees import map_states, states, stored, wide, zeros
-from si_jax.surrogate import (
-    Memory,
-    Penalty,
+from si_jax.checks import (
     aligned,
     check_real,
     check_strength,
@@ -39,11 +35,12 @@ from si_jax.surrogate import (
     missing,
     number,
     own,
-    pull_back,
-    refuse_functions,
     scalar,
     zeros_wide,
 )
+from si_jax.ewc import ElasticWeightConsolidationState
+from si_jax.pytrees import map_states, states, stored, wide, zeros
+from si_jax.surrogate import Memory, Penalty, pull_back, refuse_functions
 
 
 class Synapses(NamedTuple):
