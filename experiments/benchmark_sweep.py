@@ -13,8 +13,9 @@ import optax
 from tqdm import tqdm
 
 from experiments import split_mnist
-from experiments.engine import command, driver
-from experiments.engine.record import aligned, readable, versions
+from experiments.engine import command, programs
+from experiments.engine.record import readable, versions
+from experiments.engine.tables import aligned
 from experiments.training.loop import train
 from si_jax import sweep
 
@@ -95,7 +96,7 @@ def run(config: Config) -> None:
         path.write_text(readable(content))
 
 
-def in_torch(problem: driver.Problem, count: int, epochs: int) -> list[np.ndarray]:
+def in_torch(problem: programs.Problem, count: int, epochs: int) -> list[np.ndarray]:
     """The accuracies of ``count`` runs in PyTorch, one after another."""
     from experiments.networks.torch_si import split_mnist as whole_run
 

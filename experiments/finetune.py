@@ -22,23 +22,16 @@ from matplotlib.figure import Figure
 import si_jax
 from experiments import benchmark, figures
 from experiments.data import texts
-from experiments.engine import command, driver
+from experiments.engine import command, driver, programs
 from experiments.engine.driver import Method
-from experiments.engine.record import (
-    DIVERGED,
-    Record,
-    aligned,
-    best,
-    count,
-    is_first,
-    over_seeds,
-    statistics,
-)
+from experiments.engine.record import Record, count, is_first, statistics
+from experiments.engine.tables import DIVERGED, aligned, best, over_seeds
 from experiments.networks.transformer import Transformer, functional
 from experiments.split_mnist import check_strengths
 from experiments.training import language
+from experiments.training.boundaries import consolidate
 from experiments.training.language import Stage, Texts
-from experiments.training.loop import Boundary, Carry, Learner, consolidate
+from experiments.training.loop import Boundary, Carry, Learner
 from si_jax import ewc, importance, metrics, sweep
 
 Name = Literal[
@@ -233,24 +226,24 @@ def halves(contents: Sequence[bytes], config: Config) -> tuple[np.ndarray, np.nd
     return np.stack(starts[0]), np.stack(starts[1])
 
 
-def make_problem(contents: Sequence[bytes], config: Config) -> driver.Problem:
+def make_problem(contents: Sequence[bytes], config: Config) -> programs.Problem:
     """What is evaluated: the half to choose on, and the one to report."""
     joined = join(contents)
     choose, report = halves(contents, config)
-    return driver.Problem(joined, joined, choose, report, second="choice")
+    return programs.Problem(joined, joined, choose, report, second="choice")
 
 
 @functools.cache  # asked for again, it is the same object, and so compiled once
 def on(
     config: Config, which: tuple[int, ...], steps: tuple[int, ...]
-) -> Callable[[driver.Problem], driver.Problem]:
+) -> Callable[[programs.Problem], programs.Problem]:
     """To learn some of the texts, in equal shares, stage after stage of so many steps.
 
     Returns:
       From the experiment's problem to that of a method.
     """
 
-    def learns(problem: driver.Problem) -> driver.Problem:
+    def learns(problem: programs.Problem) -> programs.Problem:
         count = len(problem.train_tasks)
         shares = np.isin(np.arange(count), which).astype(np.float32)
         stages = Stage(
@@ -458,7 +451,7 @@ class Study(NamedTuple):
     """
 
     config: Config
-    problem: driver.Problem
+    problem: programs.Problem
     record: Record
     methods: dict[str, Method]
 
@@ -699,7 +692,7 @@ def held_table(layers: Mapping[str, Mapping[str, float]]) -> str:
     return aligned(rows)
 
 
-def cost(config: Config, problem: driver.Problem) -> dict[str, dict[str, float]]:
+def cost(config: Config, problem: programs.Problem) -> dict[str, dict[str, float]]:
     """Bytes and time of a step of every kind of method, on one device.
 
     Returns:

@@ -16,27 +16,15 @@ from matplotlib.figure import Figure
 import si_jax
 from experiments import data, figures
 from experiments.data import tasks
-from experiments.engine import command, driver
+from experiments.engine import command, driver, programs
 from experiments.engine.driver import Method
-from experiments.engine.record import (
-    Record,
-    aligned,
-    cell,
-    is_first,
-    over_seeds,
-    seeds_row,
-    summarize,
-)
+from experiments.engine.record import Record, is_first, summarize
+from experiments.engine.tables import aligned, cell, over_seeds, seeds_row
 from experiments.networks.models import MLP
 from experiments.split_mnist import NAMES, check_strengths
-from experiments.training.loop import (
-    Boundary,
-    Learner,
-    consolidate,
-    consolidate_fisher,
-    learner,
-    remembering,
-)
+from experiments.training.boundaries import consolidate, consolidate_fisher
+from experiments.training.classifier import learner
+from experiments.training.loop import Boundary, Learner, remembering
 from si_jax import ewc, metrics
 
 Name = Literal["si", "fine-tuning", "ewc", "sgd", "sgd+dropout", "joint", "single"]
@@ -150,7 +138,7 @@ def make_learner(
     return make
 
 
-def make_problem(config: Config) -> driver.Problem:
+def make_problem(config: Config) -> programs.Problem:
     """The tasks, one after the other."""
     digits = data.load("mnist", config.data, config.data_dir)
     digits = data.hold_out(digits, config.held_out)
@@ -159,7 +147,7 @@ def make_problem(config: Config) -> driver.Problem:
         for examples in (digits.train, digits.test)
     )
     evaluated = tasks.first(train, TRAIN_EVALUATED)
-    return driver.Problem(
+    return programs.Problem(
         digits.train, digits.test, evaluated, test, train, permutations=config.tasks
     )
 
@@ -195,7 +183,7 @@ def methods(config: Config) -> dict[str, Method]:
                 of_dropout = make(lambda *_: sgd, dropout=config.dropout)
                 arms = {method: Method(of_dropout)}
             case "joint":
-                of_all = Method(make(lambda *_: adam), learns=driver.all_at_once)
+                of_all = Method(make(lambda *_: adam), learns=programs.all_at_once)
                 arms = {method: of_all}
             case "single":
                 arms = {method: Method(make(lambda *_: adam), learns=only_the_first)}
@@ -203,7 +191,7 @@ def methods(config: Config) -> dict[str, Method]:
     return found
 
 
-def only_the_first(problem: driver.Problem) -> driver.Problem:
+def only_the_first(problem: programs.Problem) -> programs.Problem:
     """The first task alone."""
     train, test, stages = (
         jax.tree.map(lambda x: x[:1], stack)

@@ -16,7 +16,8 @@ from tqdm import tqdm
 import si_jax
 from experiments import figures
 from experiments.engine import command
-from experiments.engine.record import Record, aligned, is_first
+from experiments.engine.record import Record, is_first
+from experiments.engine.tables import aligned
 from si_jax import theory
 
 SPECTRA = {

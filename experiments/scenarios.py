@@ -19,30 +19,22 @@ import si_jax
 from experiments import data, figures, split_mnist
 from experiments.data import tasks
 from experiments.data.images import Examples
-from experiments.engine import command, driver
-from experiments.engine.driver import Method, Problem
+from experiments.engine import command, driver, programs
+from experiments.engine.driver import Method
 from experiments.engine.export import measured
-from experiments.engine.record import (
-    Record,
-    aligned,
-    best,
-    cell,
-    counts,
-    is_first,
-    number,
-    over_seeds,
-)
+from experiments.engine.programs import Problem
+from experiments.engine.record import Record, is_first
+from experiments.engine.tables import aligned, best, cell, counts, number, over_seeds
 from experiments.networks.models import MLP
-from experiments.training.loop import (
-    Boundary,
-    Learner,
+from experiments.training.boundaries import (
     consolidate,
     consolidate_fisher,
     consolidate_importance,
     consolidate_sensitivity,
-    learner,
     reset,
 )
+from experiments.training.classifier import learner
+from experiments.training.loop import Boundary, Learner
 from si_jax import ewc, metrics
 
 Scenario = Literal["task", "domain", "class"]
@@ -347,7 +339,7 @@ def run(config: Config) -> None:
 
 def jointly(scenario: Scenario, problem: Problem) -> Problem:
     """All tasks of a scenario at once."""
-    return driver.all_at_once(in_scenario(scenario, problem))
+    return programs.all_at_once(in_scenario(scenario, problem))
 
 
 # --- What comes of it -----------------------------------------------------------------

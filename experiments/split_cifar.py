@@ -13,21 +13,15 @@ from matplotlib.figure import Figure
 import si_jax
 from experiments import data, figures
 from experiments.data import tasks
-from experiments.engine import command, driver
+from experiments.engine import command, driver, programs
 from experiments.engine.driver import Method
-from experiments.engine.record import (
-    Record,
-    aligned,
-    cell,
-    is_first,
-    over_seeds,
-    seeds_row,
-    statistics,
-    summarize,
-)
+from experiments.engine.record import Record, is_first, statistics, summarize
+from experiments.engine.tables import aligned, cell, over_seeds, seeds_row
 from experiments.networks.models import CNN
 from experiments.split_mnist import check_strengths
-from experiments.training.loop import Learner, consolidate, learner, reset
+from experiments.training.boundaries import consolidate, reset
+from experiments.training.classifier import learner
+from experiments.training.loop import Learner
 
 Name = Literal["si", "fine-tuning", "from scratch"]
 # The authors' data (https://github.com/ganguli-lab/pathint), five seeds.
@@ -107,7 +101,7 @@ def titles(config: Config) -> list[str]:
     return ["CIFAR-10", *(f"CIFAR-100\n{k}–{k + 9}" for k in range(0, 50, 10))]
 
 
-def make_problem(config: Config) -> driver.Problem:
+def make_problem(config: Config) -> programs.Problem:
     """The tasks, one after the other."""
     images = data.load("cifar10", data_dir=config.data_dir)
     if config.data == "cifar10-100":
@@ -120,7 +114,7 @@ def make_problem(config: Config) -> driver.Problem:
     )
     if config.examples:
         train, test = (tasks.first(x, config.examples) for x in (train, test))
-    return driver.Problem(
+    return programs.Problem(
         images.train, images.test, tasks.first(train, TRAIN_EVALUATED), test, train
     )
 

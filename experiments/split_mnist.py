@@ -12,11 +12,14 @@ from matplotlib.figure import Figure
 import si_jax
 from experiments import data, figures
 from experiments.data import tasks
-from experiments.engine import command, driver
+from experiments.engine import command, driver, programs
 from experiments.engine.driver import Method
-from experiments.engine.record import Record, is_first, over_seeds, table
+from experiments.engine.record import Record, is_first
+from experiments.engine.tables import over_seeds, table
 from experiments.networks.models import MLP
-from experiments.training.loop import Boundary, Learner, consolidate, learner, reset
+from experiments.training.boundaries import consolidate, reset
+from experiments.training.classifier import learner
+from experiments.training.loop import Boundary, Learner
 
 GROUPS = [(0, 1), (2, 3), (4, 5), (6, 7), (8, 9)]
 TITLES = [f"{a} or {b}" for a, b in GROUPS]
@@ -123,11 +126,11 @@ def make_learner(
     return make
 
 
-def make_problem(config: Setting, held_out: float = 0.0) -> driver.Problem:
+def make_problem(config: Setting, held_out: float = 0.0) -> programs.Problem:
     """The five tasks, tested on a part of the training set if it is held out."""
     digits = data.load("mnist", config.data, config.data_dir)
     digits = data.hold_out(digits, held_out)
-    return driver.Problem(
+    return programs.Problem(
         digits.train,
         digits.test,
         tasks.split_classes(digits.train.labels, GROUPS, digits.classes),

@@ -9,7 +9,8 @@ from matplotlib.figure import Figure
 
 from experiments import figures, split_mnist
 from experiments.engine import command, driver
-from experiments.engine.record import Record, best, is_first, number, summarize, table
+from experiments.engine.record import Record, is_first, summarize
+from experiments.engine.tables import best, number, table
 from si_jax import metrics
 
 GRID = "grid"

@@ -21,21 +21,22 @@ from scipy import stats
 
 import si_jax
 from experiments import figures, permuted_mnist, scenarios, split_mnist
-from experiments.engine import command, driver
-from experiments.engine.driver import Method, Problem
-from experiments.engine.record import Record, aligned, cell, is_first, over_seeds
-from experiments.networks.models import MLP, mask_logits
-from experiments.training.loop import (
-    Boundary,
-    Carry,
-    Learner,
+from experiments.data.tasks import mask_logits
+from experiments.engine import command, driver, programs
+from experiments.engine.driver import Method
+from experiments.engine.programs import Problem
+from experiments.engine.record import Record, is_first
+from experiments.engine.tables import aligned, cell, over_seeds
+from experiments.networks.models import MLP
+from experiments.training.boundaries import (
     consolidate,
     consolidate_fisher,
     consolidate_importance,
     consolidate_sensitivity,
-    learner,
     reset,
 )
+from experiments.training.classifier import learner
+from experiments.training.loop import Boundary, Carry, Learner
 from si_jax import ewc, importance, metrics
 
 Name = Literal[
@@ -325,7 +326,7 @@ def measure(
       ``layers``: by layer, what :func:`correlate` finds, ``(networks, …)``.
     """
     begin, seeds = time.perf_counter(), np.arange(config.networks)
-    pieces = driver.compile_pieces(make, problem, len(seeds), config.max_parallel)
+    pieces = programs.compile_pieces(make, problem, len(seeds), config.max_parallel)
 
     def runs(name: str) -> Any:
         values = {

@@ -27,7 +27,8 @@ from experiments import (
     why,
 )
 from experiments.engine import command
-from experiments.engine.record import Record, table
+from experiments.engine.record import Record
+from experiments.engine.tables import table
 from si_jax.metrics import (
     average_accuracy,
     average_accuracy_so_far,

@@ -7,8 +7,10 @@ import optax
 import pytest
 from flax import linen as nn
 
-from experiments.networks import models
-from experiments.networks.models import CNN, MLP, convolve, halve, mask_logits, winograd
+from experiments.data.tasks import mask_logits
+from experiments.networks import convolution
+from experiments.networks.convolution import convolve, halve, winograd
+from experiments.networks.models import CNN, MLP
 
 IMAGES = jnp.ones((2, 28, 28, 1))
 NUMBERS = {"dimension_numbers": ("NHWC", "HWIO", "NHWC")}
@@ -251,7 +253,7 @@ def test_winograd_under_vmap_and_in_second_derivatives():
 def test_narrow_images_and_few_channels_do_not_take_winograd(monkeypatch):
     taken = []
     monkeypatch.setattr(
-        models, "winograd", lambda x, _: taken.append((x.dtype, x.shape[-1]))
+        convolution, "winograd", lambda x, _: taken.append((x.dtype, x.shape[-1]))
     )
     for dtype, channels in [("float32", 16), ("float32", 3), ("bfloat16", 16)]:
         images, kernel = jnp.ones((1, 4, 4, channels)), jnp.ones((3, 3, channels, 2))

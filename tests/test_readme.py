@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 
 from experiments import permuted_mnist, split_cifar
-from experiments.engine.record import cell, count
+from experiments.engine.record import count
+from experiments.engine.tables import cell
 from si_jax.metrics import average_accuracy
 
 ROOT = Path(__file__).parent.parent

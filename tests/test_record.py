@@ -13,19 +13,9 @@ import pytest
 
 from experiments import figures
 from experiments.engine.command import Options, UserError
-from experiments.engine.record import (
-    Record,
-    aligned,
-    best,
-    cell,
-    number,
-    over_seeds,
-    statistics,
-    summarize,
-    table,
-    versions,
-)
-from experiments.figures.accuracy import STYLE
+from experiments.engine.record import Record, statistics, summarize, versions
+from experiments.engine.tables import aligned, best, cell, number, over_seeds, table
+from experiments.figures.style import STYLE
 
 MATRIX = np.array([[[1.0, 0.5], [0.75, 1.0]], [[1.0, 0.5], [0.25, 1.0]]])
 RUN = {"test": MATRIX, "train": MATRIX, "initial": MATRIX[:, 0], "seconds": 1.5}

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from experiments import figures, scenarios
-from experiments.data.tasks import look_up
-from experiments.engine import command, driver
+from experiments.data.tasks import look_up, mask_logits
+from experiments.engine import command, programs
 from experiments.engine.command import UserError
-from experiments.networks.models import MLP, mask_logits
+from experiments.networks.models import MLP
 from experiments.training.loop import Carry, Learner
 from si_jax import importance
 
@@ -129,7 +129,7 @@ def test_outputs_of_all_tasks_so_far_are_evaluated_where_the_problem_grows(make_
 
     def active(scenario, stage):
         seen = scenarios.in_scenario(scenario, problem)
-        pieces = driver.compile_pieces(make, seen, 1)
+        pieces = programs.compile_pieces(make, seen, 1)
         own = pieces.to_devices((np.zeros(1, np.uint32), {}))
         return pieces.evaluate(pieces.init(own), own, "test", stage)[0].tolist()
 

@@ -15,21 +15,20 @@ from problem import lenient
 import si_jax
 from experiments.data import tasks
 from experiments.data.images import Examples
-from experiments.engine import driver
+from experiments.data.tasks import mask_logits
+from experiments.engine import driver, programs, progress
 from experiments.engine.command import Options, UserError
 from experiments.engine.record import Record
-from experiments.networks.models import MLP, mask_logits
+from experiments.networks.models import MLP
+from experiments.training.boundaries import consolidate, consolidate_fisher, reset
+from experiments.training.classifier import learner
 from experiments.training.loop import (
     Learner,
-    consolidate,
-    consolidate_fisher,
     correlations,
     epoch_key,
     init_key,
-    learner,
     permutations_key,
     remembering,
-    reset,
     train,
 )
 from si_jax import ewc, metrics, sweep
@@ -218,9 +217,9 @@ def test_vmap_and_pmap_equal_single_runs(single):
 @pytest.mark.parametrize("max_parallel", [1, 2])
 def test_the_driver_equals_single_runs(max_parallel, tmp_path, single):
     options = Options(out=tmp_path, max_parallel=max_parallel)
-    problem = driver.Problem(TRAIN, TEST, TRAIN_TASKS, TEST_TASKS)
-    result = driver.run(
-        driver.compile_pieces(make, problem, 3, max_parallel),
+    problem = programs.Problem(TRAIN, TEST, TRAIN_TASKS, TEST_TASKS)
+    result = progress.run(
+        programs.compile_pieces(make, problem, 3, max_parallel),
         {"strength": [0.3] * 3},
         range(3),
         epochs=EPOCHS,
@@ -419,10 +418,10 @@ def test_parts_of_a_batch_add_up_to_its_gradient():
 
 
 def test_from_scratch_every_task_starts_with_the_initial_network(tmp_path):
-    problem = driver.Problem(TRAIN, TEST, TRAIN_TASKS, TEST_TASKS)
+    problem = programs.Problem(TRAIN, TEST, TRAIN_TASKS, TEST_TASKS)
     options = Options(out=tmp_path)
-    result = driver.run(
-        driver.compile_pieces(make, problem, 1),
+    result = progress.run(
+        programs.compile_pieces(make, problem, 1),
         {"strength": [0.0]},
         [3],
         epochs=2,
@@ -452,7 +451,7 @@ class Config(Options):
 @pytest.mark.slow
 def test_added_seeds_are_what_all_at_once_gives(tmp_path):
     """In groups, whose first task the methods go on sharing."""
-    problem = driver.Problem(TRAIN, TEST, TRAIN_TASKS, TEST_TASKS)
+    problem = programs.Problem(TRAIN, TEST, TRAIN_TASKS, TEST_TASKS)
 
     def make_learner(strength, damping):
         del damping
@@ -488,7 +487,7 @@ def test_added_seeds_are_what_all_at_once_gives(tmp_path):
 def test_what_diverges_is_said_and_kept(tmp_path, capsys):
     """The second of two runs, in the second task: its first accuracies stay."""
     config = Config(out=tmp_path, seeds=2)
-    problem = driver.Problem(TRAIN, TEST, TRAIN_TASKS, TEST_TASKS)
+    problem = programs.Problem(TRAIN, TEST, TRAIN_TASKS, TEST_TASKS)
 
     def make_learner(strength, damping, number):
         del damping
@@ -517,13 +516,13 @@ def test_what_diverges_is_said_and_kept(tmp_path, capsys):
 def test_a_run_that_goes_on_under_other_versions_names_both(tmp_path, monkeypatch):
     """Also where only the task that it shares with another was trained before."""
     config = Config(out=tmp_path, epochs=2)
-    problem = driver.Problem(TRAIN, TEST, TRAIN_TASKS, TEST_TASKS)
-    here = driver.versions()
+    problem = programs.Problem(TRAIN, TEST, TRAIN_TASKS, TEST_TASKS)
+    here = progress.versions()
 
     def version(number):
         found = {**here, "jaxlib": number}
-        for place in ("driver", "record"):
-            monkeypatch.setattr(f"experiments.{place}.versions", lambda: found)
+        for place in ("progress", "record"):
+            monkeypatch.setattr(f"experiments.engine.{place}.versions", lambda: found)
         return found
 
     def make_learner(strength, damping):
@@ -559,13 +558,13 @@ def test_a_run_that_goes_on_under_other_versions_names_both(tmp_path, monkeypatc
 def test_checkpoints_of_another_network_end_in_a_message_and_stay(tmp_path):
     """As after a change of the code, which no configuration shows."""
     record = Record("blobs", Config(out=tmp_path))
-    state = driver.State(*({"w": np.zeros(n)} for n in (2, 1, 1, 1, 1)))
+    state = progress.State(*({"w": np.zeros(n)} for n in (2, 1, 1, 1, 1)))
     record.checkpoints("si seeds 0-0").save(1, state)
     grown = state._replace(carry={"w": np.zeros(3)})
     message = r"carry/w is float64 \(2,\) in it, .* Choose another --out"
     with pytest.raises(UserError, match=message):
-        driver._restored(record, "si seeds 0-0", grown)
-    assert driver._restored(record, "si seeds 0-0", state)[0] == 1
+        progress.restored(record, "si seeds 0-0", grown)
+    assert progress.restored(record, "si seeds 0-0", state)[0] == 1
 
 
 def test_finish_merges_the_fisher_information_of_the_tasks_examples():
@@ -618,13 +617,13 @@ def test_initial_and_epoch_keys_never_meet():
 
 def permuted_problem(count=3):
     train, test = (tasks.permuted(len(e.labels), count, 4) for e in (TRAIN, TEST))
-    return driver.Problem(TRAIN, TEST, train, test, permutations=count)
+    return programs.Problem(TRAIN, TEST, train, test, permutations=count)
 
 
 def drive(make, problem, folder, *, seeds=2, epochs=3, **values):
     options = Options(out=folder)
-    return driver.run(
-        driver.compile_pieces(make, problem, seeds),
+    return progress.run(
+        programs.compile_pieces(make, problem, seeds),
         {name: [value] * seeds for name, value in values.items()},
         range(seeds),
         epochs=epochs,

@@ -251,3 +251,23 @@ def shuffle(task: Task, key: jax.Array) -> jax.Array:
     rank = jax.random.bits(key, positions.shape, jnp.uint32) >> 1  # below any padding's
     rank = jnp.where(positions < task.size, rank, jnp.uint32(2**32 - 1))
     return task.rows[jnp.argsort(rank)]
+
+
+def mask_logits(logits: jax.Array, classes: jax.Array) -> jax.Array:
+    """Multi-head readout: the logits of classes that take no part become −∞.
+
+    Args:
+      logits: ``(…, outputs)``.
+      classes: bool ``(outputs,)``.
+
+    Returns:
+      ``(…, outputs)``, the dtype of ``logits``.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from experiments.data.tasks import mask_logits
+      >>> logits, classes = jnp.array([3.0, 1.0, 1.0]), jnp.array([False, True, True])
+      >>> print(jax.nn.softmax(mask_logits(logits, classes)))
+      [0.  0.5 0.5]
+    """
+    return jnp.where(jnp.broadcast_to(classes, logits.shape), logits, -jnp.inf)

@@ -12,8 +12,7 @@ import re
 import shutil
 import subprocess
 import sys
-import unicodedata
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -28,13 +27,11 @@ from matplotlib.figure import Figure
 from experiments.engine.checkpoint import Checkpoints
 from experiments.engine.command import Options, UserError
 from experiments.engine.export import TensorBoard, measured, splits, tidy
-from experiments.figures.accuracy import STYLE
-from si_jax import metrics
+from experiments.figures.style import STYLE
 
 PACKAGES = ("si_jax", "jax", "jaxlib", "flax", "optax", "numpy")
 PLACES = [field.name for field in dataclasses.fields(Options)]
 TRAINED_BY = "checkpoints/versions.json"
-DIVERGED = "diverged"
 
 
 class Record:
@@ -415,93 +412,6 @@ def statistics(values: Any) -> dict[str, float | None]:
         "n": n,
         **({"diverged": gone} if gone else {}),
     }
-
-
-def best(scores: Any, what: str) -> int:
-    """Where the largest of some scores is, flat; of a run that diverged, NaN, never.
-
-    Raises:
-      UserError: if all diverged.
-    """
-    scores = np.asarray(scores, np.float64)
-    finite = np.isfinite(scores)
-    if not finite.any():
-        raise UserError(
-            f"{what} diverged in all that was tried: there is nothing to choose from. "
-            "Lower the learning rate, or try other values, with another --out."
-        )
-    return int(np.where(finite, scores, -np.inf).argmax())
-
-
-def over_seeds(runs: Mapping[Any, Any], error: str = "SEM") -> str:
-    """What a table or figure shows of the methods' seeds."""
-    n = counts(runs)
-    return "one seed" if n == "1" else f"mean ± {error}, n = {n}"
-
-
-def counts(runs: Mapping[Any, Any]) -> str:
-    """How many seeds the methods have, from the fewest to the most."""
-    found = sorted({count(run) for run in runs.values()})
-    return str(found[0]) if len(found) == 1 else f"{found[0]} to {found[-1]}"
-
-
-def seeds_row(runs: dict[str, Any]) -> list[list[str]]:
-    """A table's last row, how many seeds each method has, where they differ."""
-    seeds = [str(count(run)) for run in runs.values()]
-    return [["n", *seeds]] if len(set(seeds)) > 1 else []
-
-
-def number(value: Any, form: str = ".4f") -> str:
-    """A number as a table has it; where there is none, the run diverged."""
-    return f"{value:{form}}" if np.isfinite(value) else DIVERGED
-
-
-def cell(values: Any, form: str = ".4f") -> str:
-    """Mean ± SEM over the seeds, or how many of them diverged."""
-    values = np.asarray(values, np.float64)
-    gone = int((~np.isfinite(values)).sum())
-    if gone:
-        return DIVERGED if gone == len(values) else f"{gone}/{len(values)} {DIVERGED}"
-    mean = f"{values.mean():{form}}"
-    return (
-        mean if len(values) == 1 else f"{mean} ± {metrics.standard_error(values):.4f}"
-    )
-
-
-def table(runs: dict[str, Any], split: str, titles: list[str]) -> str:
-    """A terminal table of the accuracies after the last task: mean ± SEM over seeds.
-
-    A row a task, one for their average and one for :func:`metrics.forgetting`; a column
-    a method.
-    """
-    columns = [["", *titles, "average", "forgetting"]]
-    for method, run in runs.items():
-        matrix = np.asarray(run[split])
-        columns.append(
-            [
-                method,
-                *(cell(matrix[:, -1, task]) for task in range(matrix.shape[-1])),
-                cell(metrics.average_accuracy(matrix)),
-                cell(metrics.forgetting(matrix)),
-            ]
-        )
-    return aligned([*zip(*columns, strict=True), *seeds_row(runs)])
-
-
-def aligned(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of words as a table for the terminal, the first column to the left."""
-
-    def width(word: str) -> int:
-        return sum(not unicodedata.combining(character) for character in word)
-
-    widths = [max(map(width, column)) for column in zip(*rows, strict=True)]
-
-    def line(row: Sequence[str]) -> str:
-        gaps = [" " * (w - width(word)) for word, w in zip(row, widths, strict=True)]
-        first, *rest = zip(row, gaps, strict=True)
-        return "  ".join(["".join(first), *(gap + word for word, gap in rest)]).rstrip()
-
-    return "\n".join(map(line, rows))
 
 
 def readable(content: dict[str, Any]) -> str:

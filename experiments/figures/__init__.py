@@ -1,8 +1,6 @@
 """The figures of the paper, and of what is measured besides."""
 
 from experiments.figures.accuracy import (
-    COLOURS,
-    METHODS,
     accuracy_by_task,
     average_accuracy,
     correlations,
@@ -13,6 +11,7 @@ from experiments.figures.accuracy import (
     ratios,
     scenarios,
 )
+from experiments.figures.style import COLOURS, METHODS
 from experiments.figures.theory import (
     by_batch_size,
     importances,

@@ -1,71 +1,24 @@
 """The paper's figures. Each function returns a Matplotlib figure of its data."""
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import matplotlib
 import numpy as np
-from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from numpy.typing import ArrayLike
 
+from experiments.figures.style import (
+    COLOURS,
+    STYLE,
+    colours_of,
+    error_of,
+    finite_of,
+    labelled,
+)
 from si_jax import metrics
 from si_jax.diagnosis import Diagnosis
-
-STYLE: dict[Any, Any] = {
-    "font.size": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.titlesize": 9,
-    "lines.linewidth": 1.2,
-    "pdf.fonttype": 42,  # editable text
-    "savefig.dpi": 200,
-}
-COLOURS = [f"C{i}" for i in range(10)]  # of Matplotlib's cycle
-METHODS = (  # in the order of their colours
-    "si",
-    "fine-tuning",
-    "ewc",
-    "sgd",
-    "sgd+dropout",
-    "mas",
-    "l2",
-    "from scratch",
-    "online ewc",
-)
-
-
-def _colours(names: Iterable[str]) -> dict[str, Any]:
-    """Of methods, the same in every figure of accuracy; strengths are shades of it."""
-    strengths: dict[str, list[str]] = {}
-    for name in names:
-        strengths.setdefault(name.split(" c=")[0], []).append(name)
-    known = dict(zip(METHODS, COLOURS, strict=False))
-    rest = itertools.cycle(x for x in COLOURS if x not in map(known.get, strengths))
-    found = {}
-    for method, of in strengths.items():
-        colour = np.asarray(to_rgb(known.get(method) or next(rest)))
-        for i, name in enumerate(of):
-            found[name] = tuple(colour + (1 - colour) * 0.7 * i / len(of))
-    return found
-
-
-def _standard_error(curve: np.ndarray) -> np.ndarray:
-    """Over the first axis; 0, which draws nothing, where one seed has no spread."""
-    return np.nan_to_num(np.asarray(metrics.standard_error(curve)))
-
-
-def _finite(values: ArrayLike) -> list[float]:
-    """What can be drawn of some numbers."""
-    values = np.asarray(values)
-    return values[np.isfinite(values)].tolist()
-
-
-def _named(name: str, values: np.ndarray) -> str:
-    """For the legend: what diverged (NaN) is not drawn, and its name says so."""
-    return name if np.isfinite(values).all() else f"{name} (diverged)"
 
 
 def heat_map(
@@ -161,7 +114,7 @@ def accuracy_by_task(
         panels = figure.subplots(1, count + 1, sharex=True, sharey=True)
         after = np.arange(1, count + 1)
         lowest = chance
-        colours = _colours(matrices)
+        colours = colours_of(matrices)
         for (name, values), marker in zip(
             matrices.items(), itertools.cycle("os^Dv"), strict=False
         ):
@@ -169,13 +122,13 @@ def accuracy_by_task(
             so_far = np.asarray(metrics.average_accuracy_so_far(matrix))
             curves = [(k, matrix[:, k:, k]) for k in range(count)] + [(0, so_far)]
             for panel, (first, curve) in zip(panels, curves, strict=True):
-                error = _standard_error(curve)
-                lowest = min([lowest, *_finite(curve.mean(0) - error)])
+                error = error_of(curve)
+                lowest = min([lowest, *finite_of(curve.mean(0) - error)])
                 panel.errorbar(
                     after[first:],
                     curve.mean(0),
                     error,
-                    label=_named(name, matrix),
+                    label=labelled(name, matrix),
                     color=colours[name],
                     marker=marker,
                     markersize=3,
@@ -238,7 +191,7 @@ def final_accuracy(
         authors: list[tuple[np.ndarray, Sequence[float]]] = []
         for panel, (label, methods) in zip(panels, bars.items(), strict=True):
             width = 0.8 / len(methods)
-            colours = _colours(methods)
+            colours = colours_of(methods)
             for i, (method, values) in enumerate(methods.items()):
                 accuracy = np.asarray(values)
                 places = np.arange(len(titles)) + (i - (len(methods) - 1) / 2) * width
@@ -252,7 +205,7 @@ def final_accuracy(
                     yerr=accuracy.std(0, ddof=1) if len(accuracy) > 1 else None,
                     capsize=2,
                     error_kw={"linewidth": 0.8},
-                    label=_named(method, accuracy),
+                    label=labelled(method, accuracy),
                 )
             panel.axhline(chance, color="0.3", ls=":", linewidth=1, label="chance")
             panel.set_ylabel(label)
@@ -306,19 +259,19 @@ def average_accuracy(
         figure = Figure(figsize=(4.4, 5.2), layout="constrained")
         zoom, whole = figure.subplots(2, 1, sharex=True, height_ratios=(2, 3))
         tasks = 1
-        colours = _colours(curves)
+        colours = colours_of(curves)
         for (name, values), marker in zip(
             curves.items(), itertools.cycle("os^Dv"), strict=False
         ):
             curve = np.asarray(values)
             tasks = max(tasks, curve.shape[1])
             after = np.arange(1, curve.shape[1] + 1)
-            mean, error = curve.mean(0), _standard_error(curve)
+            mean, error = curve.mean(0), error_of(curve)
             for panel in (zoom, whole):
                 panel.plot(
                     after,
                     mean,
-                    label=_named(name, curve),
+                    label=labelled(name, curve),
                     color=colours[name],
                     marker=marker,
                     markersize=3,
@@ -347,19 +300,19 @@ def average_accuracy(
                 (single, "single task", ":"),
             ):
                 if control is not None:
-                    named = _named(label, np.asarray(control))
+                    named = labelled(label, np.asarray(control))
                     level = float(np.asarray(control).mean())
                     panel.axhline(level, color="0.4", linestyle=style, label=named)
             panel.set_ylabel("Average accuracy")
         # The upper part: about the best method and what it might reach.
         means = [np.asarray(x).mean(0) for x in curves.values()]
-        ends = _finite([mean[-1] for mean in means])
+        ends = finite_of([mean[-1] for mean in means])
         controls = [np.mean(np.asarray(x)) for x in (single, joint) if x is not None]
-        every = _finite(np.concatenate([*means, controls]))
+        every = finite_of(np.concatenate([*means, controls]))
         if ends:
             top = max(every)
             zoom.set_ylim(2 * max(ends) - top - 0.01, top + 0.003)
-        lowest = min(_finite(np.concatenate(means)), default=1.0)
+        lowest = min(finite_of(np.concatenate(means)), default=1.0)
         whole.set_ylim(min(0.4, lowest - 0.02), 1.02)
         whole.set_xticks(range(1, tasks + 1))
         whole.set_xlabel("Tasks learned")
@@ -397,7 +350,7 @@ def scenarios(
     """
     names = list(dict.fromkeys(name for methods in panels.values() for name in methods))
     markers = dict(zip(names, itertools.cycle("os^DvPX"), strict=False))
-    colours = _colours(names)
+    colours = colours_of(names)
     with matplotlib.rc_context(STYLE):
         size = (2.3 * len(panels) + 0.3, 2.9)
         figure = Figure(figsize=size, layout="constrained")
@@ -412,7 +365,7 @@ def scenarios(
                     continue
                 curve = np.asarray(metrics.average_accuracy_so_far(matrix))
                 after = np.arange(1, curve.shape[1] + 1)
-                mean, error = curve.mean(0), _standard_error(curve)
+                mean, error = curve.mean(0), error_of(curve)
                 (lines[name],) = panel.plot(
                     after, mean, color=colour, marker=markers[name], markersize=3
                 )
@@ -430,7 +383,7 @@ def scenarios(
         }
         figure.legend(
             [lines[name] for name in names],
-            [_named(name, np.concatenate(values)) for name, values in every.items()],
+            [labelled(name, np.concatenate(values)) for name, values in every.items()],
             loc="outside lower center",
             ncols=len(names),
             frameon=False,
@@ -476,9 +429,9 @@ def frontier(
             axes.errorbar(
                 x.mean(0),
                 y.mean(0),
-                _standard_error(y),
-                _standard_error(x),
-                label=_named(name, np.stack([x, y])),
+                error_of(y),
+                error_of(x),
+                label=labelled(name, np.stack([x, y])),
                 color=colour,
                 marker=marker,
                 linestyle=line,
@@ -490,8 +443,8 @@ def frontier(
         axes.errorbar(
             x.mean(),
             y.mean(),
-            _standard_error(y),
-            _standard_error(x),
+            error_of(y),
+            error_of(x),
             fmt="k*",
             markersize=9,
             label="pretrained",
@@ -568,7 +521,7 @@ def correlations(matrices: Mapping[str, Mapping[str, ArrayLike]]) -> Figure:
         for method, layers in matrices.items()
     }
     every = [np.abs(x).ravel() for of in others.values() for x in of.values()]
-    limit = max(_finite(np.concatenate(every)), default=1.0)
+    limit = max(finite_of(np.concatenate(every)), default=1.0)
     with matplotlib.rc_context(STYLE):
         size = (2.2 * columns + 0.8, 2.2 * rows + 0.3)
         figure = Figure(figsize=size, layout="constrained")

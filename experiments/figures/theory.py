@@ -12,7 +12,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
 
-from experiments.figures.accuracy import COLOURS, STYLE
+from experiments.figures.style import COLOURS, STYLE
 from si_jax import metrics
 
 

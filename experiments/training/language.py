@@ -167,8 +167,8 @@ def learner(
       batch_size: sequences a step.
       length: bytes of a sequence that are predicted, from those before.
       boundary: what to do at a text's end, as of
-        :func:`experiments.training.loop.learner`, with :class:`Texts` for examples and
-        a :class:`Stage` for the task.
+        :func:`experiments.training.classifier.learner`, with :class:`Texts` for
+        examples and a :class:`Stage` for the task.
       micro_batch: add up the gradient of a batch over parts of this size, which must
         divide it: the same gradient in less memory. 0 takes the batch as a whole.
 

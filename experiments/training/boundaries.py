@@ -1,0 +1,108 @@
+"""Between two tasks: functions ``(carry, examples, task, key) → carry``."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import si_jax
+from experiments.data.tasks import Task, look_up, mask_logits, shuffle
+from experiments.training.loop import AnyExamples, Boundary, Carry, Model
+from si_jax import ewc, importance, state
+
+
+def consolidate(
+    carry: Carry, examples: AnyExamples, task: Task, key: jax.Array
+) -> Carry:
+    """A :data:`Boundary`: :func:`si_jax.consolidate`, eq. 5."""
+    del examples, task, key
+    opt_state = si_jax.consolidate(carry.opt_state, carry.params)
+    return carry._replace(opt_state=opt_state)
+
+
+def consolidate_importance(
+    measure: Callable[[optax.Params, jax.Array, jax.Array, jax.Array], optax.Params],
+    count: int,
+) -> Boundary:
+    """Consolidate an importance that is measured at the task's end.
+
+    Args:
+      measure: ``(params, images, classes, key) → importance``, a tree like ``params``.
+      count: how many of the task's examples to give it, at random; if the task has
+        fewer, they are taken again.
+
+    Returns:
+      A :data:`Boundary` for an optimizer with
+      :func:`si_jax.ewc.elastic_weight_consolidation`.
+    """
+
+    def boundary(
+        carry: Carry, examples: AnyExamples, task: Task, key: jax.Array
+    ) -> Carry:
+        order_key, own_key = jax.random.split(key)
+        order = shuffle(task, order_key)
+        images, _ = look_up(examples, order[jnp.arange(count) % task.size])
+        params, opt_state, _ = carry
+        found = measure(params, images, task.classes, own_key)
+        return carry._replace(opt_state=ewc.consolidate(opt_state, params, found))
+
+    return boundary
+
+
+def consolidate_fisher(model: Model, count: int) -> Boundary:
+    """EWC: :func:`consolidate_importance` with the Fisher information."""
+
+    def measure(params, images, classes, key):
+        def logits(params, image):
+            return mask_logits(model.apply(params, image[None]), classes)[0]
+
+        return importance.fisher(logits, params, images, key)
+
+    return consolidate_importance(measure, count)
+
+
+def consolidate_sensitivity(model: Model, count: int) -> Boundary:
+    """MAS: :func:`consolidate_importance` with the sensitivity of the outputs.
+
+    Of those that take part in the task; it is summed over the tasks with ``decay=1`` of
+    :func:`si_jax.ewc.elastic_weight_consolidation`.
+    """
+
+    def measure(params, images, classes, _):
+        def outputs(params, image):
+            return jnp.where(classes, model.apply(params, image[None])[0], 0)
+
+        return importance.sensitivity(outputs, params, images)
+
+    return consolidate_importance(measure, count)
+
+
+def reset(tx: optax.GradientTransformation, *, keep_count: bool = False) -> Boundary:
+    """Start every task with a fresh optimizer; what SI and EWC remember is kept.
+
+    Args:
+      tx: the optimizer.
+      keep_count: keep its step count, of which it must have one, as the authors' code
+        does. Adam's bias correction then takes the zeroed moments for old ones: after a
+        long task, step t of the next is (1 − β₁ᵗ)/√(1 − β₂ᵗ) times as large as a fresh
+        optimizer's, up to 6.6 times.
+
+    Returns:
+      A :data:`Boundary`.
+    """
+
+    def boundary(
+        carry: Carry, examples: AnyExamples, task: Task, key: jax.Array
+    ) -> Carry:
+        del examples, task, key
+        params, opt_state, _ = carry
+        if state.find_memories(opt_state):
+            fresh = si_jax.reset_optimizer(tx, opt_state, params)
+        else:
+            fresh = tx.init(params)
+        if keep_count:
+            fresh = optax.tree.set(fresh, count=optax.tree.get(opt_state, "count"))
+        return carry._replace(opt_state=fresh)
+
+    return boundary
