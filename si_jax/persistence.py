@@ -73,8 +73,8 @@ def persistent(inner: optax.GradientTransformation) -> _Persistent:
     trainers that pass no parameters to ``update``, as it knows them since ``init``.
 
     Take a new one for every network and every run: it has one state. The copy to the
-    host at every step is cheap for small networks only. Under ``jax.vmap``, or in a
-    program for several devices, JAX refuses such an ordered copy.
+    host at every step is cheap for small networks only. It is made for one device;
+    under ``jax.vmap`` JAX refuses it.
 
     Args:
       inner: the optimizer, say one with Synaptic Intelligence. It must be outermost, as
