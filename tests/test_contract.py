@@ -505,3 +505,111 @@ def test_batched_state_outside_of_vmap_is_an_error(unfinished):
     for function in (si_jax.consolidate, si_jax.surrogate_loss, reset):
         with pytest.raises(ValueError, match=r"batched, \(2,\) .* inside jax.vmap"):
             function(opt_state, params)
+
+
+# --- What optax's own tests of its contributed optimizers ask beside ------------------
+
+EIGHT = {
+    "sgd": (optax.sgd, 1e-3),
+    "momentum": (functools.partial(optax.sgd, momentum=0.9), 5e-4),
+    "adam": (optax.adam, 1e-2),
+    "adamw": (functools.partial(optax.adamw, weight_decay=1e-5), 1e-2),
+    "rmsprop": (optax.rmsprop, 1e-3),
+    "lion": (optax.lion, 1e-3),
+    "adagrad": (optax.adagrad, 0.5),
+    "adafactor": (
+        functools.partial(optax.adafactor, multiply_by_parameter_scale=False),
+        1e-3,
+    ),
+}
+
+eight = pytest.mark.parametrize(("optimizer", "rate"), EIGHT.values(), ids=EIGHT)
+
+
+@eight
+def test_eight_optimizers_end_where_they_do_without_at_strength_zero(optimizer, rate):
+    """At the minimum of parabolas and Rosenbrock's, each hundred steps being a task."""
+    start = {"vector": jnp.array([-1.0, 10.0, 1.0])}, [jnp.zeros((2, 2)), jnp.zeros(2)]
+    target = (
+        {"vector": jnp.array([1.0, -1.0, 1.0])},
+        [jnp.array([[3.0, -2.0], [1.0, 4.0]]), jnp.ones(2)],
+    )
+
+    def loss(params):
+        *away, _ = jax.tree.leaves(optax.tree.sub(params, target))
+        x, y = params[1][1]
+        valley = (1 - x) ** 2 + 100 * (y - x**2) ** 2
+        return valley + optax.tree.norm(away, squared=True)
+
+    def descend(tx, boundary):
+        def step(carry, _):
+            params, opt_state = carry
+            return step_of(tx)(params, opt_state, jax.grad(loss)(params)), None
+
+        def task(carry, _):
+            params, opt_state = jax.lax.scan(step, carry, length=100)[0]
+            return (params, boundary(opt_state, params)), None
+
+        return jax.lax.scan(task, (start, tx.init(start)), length=300)[0]
+
+    @jax.jit
+    def run():
+        inner = lenient(optimizer(rate))
+        plain, _ = descend(inner, lambda s, _: s)
+        forms = [form(inner, strength=0.0) for form in FORMS.values()]
+        return plain, [descend(tx, si_jax.consolidate) for tx in forms]
+
+    plain, ends = run()
+    chex.assert_trees_all_close(plain, target, rtol=3e-2, atol=3e-2)
+    for params, opt_state in ends:
+        chex.assert_trees_all_close(params, plain, rtol=1e-4)
+        assert optax.tree.norm(si_jax.synapses(opt_state).importance) > 1
+
+
+@eight
+@forms
+def test_eight_optimizers_take_an_injected_learning_rate(form, optimizer, rate):
+    """A number or a schedule, injected around the whole: updates and state as plain."""
+
+    def make(learning_rate):
+        return lenient(FORMS[form](optimizer(learning_rate), STRENGTH, DAMPING))
+
+    inject = optax.inject_hyperparams(make)
+    injected = [lenient(inject(given)) for given in (rate, lambda _: jnp.float32(rate))]
+
+    @jax.jit
+    def first(grads):
+        params, txs = init(), [make(rate), *injected]
+        return [tx.update(grads, tx.init(params), params) for tx in txs]
+
+    (expected, state), *actual = first(GRADS[0][0])
+    for updates, opt_state in actual:
+        both = updates, opt_state.inner_state
+        chex.assert_trees_all_close(both, (expected, state), rtol=1e-5)
+    same = optax.tree.map_params(make(rate), lambda x: x, state)
+    chex.assert_trees_all_equal(same, state)
+
+
+@eight
+@forms
+def test_eight_optimizers_accumulate_gradients_in_bfloat16(form, optimizer, rate):
+    """By optax.MultiSteps: nothing, and then the update of the mean, in their dtype."""
+    tx = FORMS[form](lenient(optimizer(rate)), STRENGTH, DAMPING)
+    multi = lenient(optax.MultiSteps(tx, 4).gradient_transformation())
+
+    @jax.jit
+    def run(params):
+        def step(opt_state, _):
+            return multi.update(params, opt_state, params)[::-1]
+
+        updates = jax.lax.scan(step, multi.init(params), length=4)[1]
+        return updates, tx.update(params, tx.init(params), params)[0]
+
+    params = init("bfloat16")
+    updates, expected = run(params)
+    chex.assert_trees_all_equal_dtypes(updates, params)
+    before, last = (
+        jax.tree.map(part, updates) for part in (lambda x: x[:3], lambda x: x[3])
+    )
+    chex.assert_trees_all_equal(before, optax.tree.zeros_like(before))
+    chex.assert_trees_all_close(last, expected, rtol=1e-2)
