@@ -32,7 +32,10 @@ def average_accuracy(matrix: ArrayLike) -> jax.Array:
 
 
 def average_accuracy_so_far(matrix: ArrayLike) -> jax.Array:
-    """Accuracy after each task, averaged over the tasks up to it: Figs. 3 and 4.
+    """Accuracy after each task, averaged over the tasks up to it.
+
+    Figs. 3 and 4 of Zenke et al., 2017; A of Chaudhry et al., 2018. Its mean over time
+    is the average incremental accuracy of Rebuffi et al., "iCaRL", 2017.
 
     Args:
       matrix: ``(…, tasks, tasks)``, accuracy on each task (columns) after each (rows).
@@ -78,7 +81,8 @@ def forgetting(matrix: ArrayLike) -> jax.Array:
     taken over the rows from the first to the last but one, where there is a number:
     not over those in which the task is NaN, not seen yet. (Avalanche's forgetting is
     taken from the accuracy right after the task, and so is minus
-    :func:`backward_transfer`.)
+    :func:`backward_transfer`; Mammoth's counts the last row, too, and is never
+    negative.)
 
     Args:
       matrix: ``(…, tasks, tasks)`` with at least two tasks.
@@ -99,7 +103,9 @@ def forgetting(matrix: ArrayLike) -> jax.Array:
 def backward_transfer(matrix: ArrayLike) -> jax.Array:
     """Accuracy after the last task minus that right after each, without the last.
 
-    BWT of Lopez-Paz & Ranzato, 2017; negative where tasks are forgotten.
+    BWT of Lopez-Paz & Ranzato, 2017; negative where tasks are forgotten. (That of
+    Díaz-Rodríguez et al., "Don't forget, there is more than forgetting", 2018, is over
+    all pairs of a task and a later one.)
 
     Args:
       matrix: ``(…, tasks, tasks)`` with at least two tasks.
@@ -120,7 +126,9 @@ def backward_transfer(matrix: ArrayLike) -> jax.Array:
 def forward_transfer(matrix: ArrayLike, initial: ArrayLike) -> jax.Array:
     """Accuracy on each task right before it is trained, minus the untrained net's.
 
-    FWT of Lopez-Paz & Ranzato, 2017, averaged over the tasks but the first.
+    FWT of Lopez-Paz & Ranzato, 2017, averaged over the tasks but the first. (That of
+    Díaz-Rodríguez et al., 2018, is over all tasks to come, and not less the untrained
+    net's, so that chance counts.)
 
     Args:
       matrix: ``(…, tasks, tasks)`` with at least two tasks.
@@ -186,7 +194,7 @@ def standard_error(values: ArrayLike) -> jax.Array:
 
 
 def correlation(vectors: ArrayLike) -> jax.Array:
-    """Pearson correlations between the rows: Fig. 5, of the tasks' ω.
+    """Pearson correlations between the rows: Fig. 5 of Zenke et al., 2017, of their ω.
 
     Args:
       vectors: ``(…, tasks, n)``.
