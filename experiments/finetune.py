@@ -25,7 +25,7 @@ from experiments.data import texts
 from experiments.engine import command, driver, programs
 from experiments.engine.driver import Method
 from experiments.engine.record import Record, count, is_first, statistics
-from experiments.engine.tables import DIVERGED, aligned, best, over_seeds
+from experiments.engine.tables import DIVERGED, aligned, best, number, over_seeds
 from experiments.networks.transformer import Transformer, functional
 from experiments.split_mnist import check_strengths
 from experiments.training import language
@@ -676,7 +676,7 @@ def held(study: Study, name: str) -> dict[str, dict[str, float]]:
         name: {
             "parameters": size / total,
             "importance": float(share),
-            "penalty": float(penalty / penalties),
+            "penalty": float(penalty / penalties) if penalties else 0.0,
             "displacement": float((square / size) ** 0.5),
         }
         for name, (size, share, penalty, square) in layers.items()
@@ -687,8 +687,8 @@ def held_table(layers: Mapping[str, Mapping[str, float]]) -> str:
     """A row a layer."""
     rows = [["", "of parameters", "of ΣΩ", "of penalty", "displacement"]]
     for name, row in layers.items():
-        *shares, moved = row.values()
-        rows.append([name, *(f"{x:.1%}" for x in shares), f"{moved:.4f}"])
+        *shares, moved = (np.nan if x is None else x for x in row.values())
+        rows.append([name, *(number(x, ".1%") for x in shares), number(moved)])
     return aligned(rows)
 
 

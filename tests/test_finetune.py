@@ -299,3 +299,10 @@ def test_every_family_has_its_arms():
         "si c=1": 1.0,
     }
     assert finetune.arms("mixed", Family(mixed=True)) == {"mixed": 1.0}
+
+
+def test_what_is_held_by_a_run_that_diverged_is_no_number():
+    layer = {"parameters": 1.0, "importance": None, "penalty": 0.0, "displacement": 0.1}
+    assert finetune.held_table({"head": layer}).splitlines()[1].split() == [
+        *("head", "100.0%", "diverged", "0.0%", "0.1000")
+    ]
