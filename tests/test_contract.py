@@ -528,7 +528,10 @@ eight = pytest.mark.parametrize(("optimizer", "rate"), EIGHT.values(), ids=EIGHT
 
 @eight
 def test_eight_optimizers_end_where_they_do_without_at_strength_zero(optimizer, rate):
-    """At the minimum of parabolas and Rosenbrock's, each hundred steps being a task."""
+    """At the minimum of parabolas and Rosenbrock's, each hundred steps being a task.
+
+    Rounding, which differs from program to program, moves the end within the valley.
+    """
     start = {"vector": jnp.array([-1.0, 10.0, 1.0])}, [jnp.zeros((2, 2)), jnp.zeros(2)]
     target = (
         {"vector": jnp.array([1.0, -1.0, 1.0])},
@@ -562,7 +565,7 @@ def test_eight_optimizers_end_where_they_do_without_at_strength_zero(optimizer, 
     plain, ends = run()
     chex.assert_trees_all_close(plain, target, rtol=3e-2, atol=3e-2)
     for params, opt_state in ends:
-        chex.assert_trees_all_close(params, plain, rtol=1e-4)
+        chex.assert_trees_all_close(params, plain, rtol=5e-3, atol=5e-3)
         assert optax.tree.norm(si_jax.synapses(opt_state).importance) > 1
 
 
