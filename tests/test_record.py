@@ -79,6 +79,10 @@ def test_a_record_of_another_jaxlib_says_so(tmp_path, capsys):
     path.write_text(json.dumps(content).replace(version("jaxlib"), "0.0.1"))
     Record("e", Config(out=tmp_path))
     assert f"jaxlib 0.0.1, here is {version('jaxlib')}" in capsys.readouterr().err
+    content["runs"]["si"]["earlier_versions"] = [{"jaxlib": "0.0.2"}]
+    path.write_text(json.dumps(content))
+    Record("e", Config(out=tmp_path))
+    assert "computed with jaxlib 0.0.2, here" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("platform", ["cpu", "gpu"])

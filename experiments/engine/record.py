@@ -87,7 +87,9 @@ class Record:
         """Numbers repeat bit for bit on one version alone."""
         makers = [self.content, *self.runs.values()]
         makers += [part for run in self.runs.values() for part in run.get("parts", [])]
-        theirs = {x["versions"].get("jaxlib") for x in makers if "versions" in x}
+        made = [x["versions"] for x in makers if "versions" in x]
+        made += [stack for x in makers for stack in x.get("earlier_versions", [])]
+        theirs = {stack.get("jaxlib") for stack in made}
         here = version("jaxlib")
         if is_first() and (others := theirs - {here, None}):
             print(
