@@ -388,10 +388,8 @@ def _missing(package: str) -> str:
 
 def _raw_mnist(folder: Path) -> Path:
     """Where torchvision keeps the published files, in its folder or that one itself."""
-    for raw in (
-        folder / "raw",
-        folder,
-    ):  # not FashionMNIST's, which are called the same
+    for raw in (folder / "raw", folder):
+        # Not FashionMNIST's, whose files are called the same.
         if raw.parts[-2:] == ("MNIST", "raw") and raw.is_dir():
             return raw
     return folder / "MNIST" / "raw"
