@@ -56,22 +56,23 @@ class Checkpoints:
         """
         tree = _stored(tree)
         content = {"tree": tree, "checksum": np.asarray(_checksum(tree), np.uint32)}
-        with self._manager() as manager:
-            newest = manager.latest_step()
-        if newest is not None and step <= newest:
-            raise ValueError(
-                f"step {step} is not above the newest checkpoint, {newest}, in "
-                f"{self._folder}: nothing was saved."
-            )
+        newest = None
         try:
             with self._manager() as manager:
-                manager.save(step, args=ocp.args.StandardSave(content))
+                newest = manager.latest_step()
+                if newest is None or step > newest:
+                    manager.save(step, args=ocp.args.StandardSave(content))
         except (OSError, ValueError) as error:
             _log.warning(
                 "No checkpoint could be written to %s: %s. The run goes on; make room, "
                 "or what comes from here on is lost if it is interrupted.",
                 self._folder,
                 str(error).splitlines()[0],
+            )
+        if newest is not None and step <= newest:
+            raise ValueError(
+                f"step {step} is not above the newest checkpoint, {newest}, in "
+                f"{self._folder}: nothing was saved."
             )
 
     def restore(self, like: Any) -> tuple[int, Any] | None:
