@@ -8,6 +8,7 @@ import numpy as np
 import optax
 from jax.experimental import io_callback
 
+from si_jax.checks import own
 from si_jax.pytrees import align
 
 
@@ -121,7 +122,8 @@ def persistent(inner: optax.GradientTransformation) -> _Persistent:
         kept.state = jax.tree.map(np.array, state)
 
     def init_fn(params: optax.Params) -> PersistentState:
-        fresh = PersistentState(inner.init(params), jax.tree.map(jnp.array, params))
+        params = jax.tree.map(lambda p: jnp.array(own(p)), params)
+        fresh = PersistentState(inner.init(params), params)
         implementations, fresh = _implementations(fresh), _numbers(fresh)
         if kept.state is not None and _kinds(kept.state) != _kinds(fresh):
             raise ValueError(
@@ -141,13 +143,11 @@ def persistent(inner: optax.GradientTransformation) -> _Persistent:
         params: optax.Params | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, PersistentState]:
-        own = state.params
-        if params is not None:
-            own = align(params, own, "params")
+        now = state.params if params is None else align(params, state.params, "params")
         updates, inner_state = inner.update(
-            updates, state.inner_state, own, **extra_args
+            updates, state.inner_state, now, **extra_args
         )
-        state = PersistentState(inner_state, optax.apply_updates(own, updates))
+        state = PersistentState(inner_state, optax.apply_updates(now, updates))
         io_callback(give, None, _numbers(state), ordered=True)
         return updates, state
 
