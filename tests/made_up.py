@@ -3,7 +3,7 @@
 import numpy as np
 
 from experiments.data import images as data
-from experiments.data.images import Examples
+from experiments.data.datasets import Examples
 
 
 def write(folder, name, train, test, *, classes=10, shape=(28, 28, 1)):

@@ -11,9 +11,11 @@ import optax
 import pytest
 
 import si_jax
-from experiments import benchmark
-from experiments.data.images import Examples
-from experiments.engine import command
+from experiments.benchmark import findings, steps
+from experiments.benchmark.__main__ import run
+from experiments.benchmark.config import Config
+from experiments.data.datasets import Examples
+from experiments.engine import command, timing
 from experiments.networks.models import MLP
 
 
@@ -39,11 +41,11 @@ def test_the_peers_in_pytorch_compute_what_we_do():
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("torch"), reason="no PyTorch here")
-@pytest.mark.parametrize("name", benchmark.NETS)
+@pytest.mark.parametrize("name", steps.NETS)
 def test_the_peers_have_our_networks(name):
     from experiments.networks import torch_si
 
-    net = benchmark.NETS[name]
+    net = steps.NETS[name]
     params = net.model.init(jax.random.key(0), jnp.zeros((1, *net.image_shape)))
     theirs = torch_si.network(net.model).parameters()
     assert sorted(p.numel() for p in theirs) == sorted(
@@ -99,7 +101,7 @@ def test_medians_compare_within_a_turn():
         "wrapper": [1.5, 3.0, 6.0],
         "torch adam": [2.0] * 3,
     }
-    found = benchmark.medians(times)
+    found = timing.medians(times)
     assert found["wrapper"]["ms"] == 3.0
     assert found["wrapper"]["to_plain"] == 1.5
     assert found["torch adam"]["to_plain"] == 1.0
@@ -108,7 +110,7 @@ def test_medians_compare_within_a_turn():
 
 def test_methods_are_timed_where_synaptic_intelligence_pulls():
     params = {"w": jnp.ones((2, 2))}
-    for name, method in benchmark.methods().items():
+    for name, method in steps.methods().items():
         state = method.start(params)
         if name == "adam":
             with pytest.raises(ValueError, match="no Synaptic Intelligence"):
@@ -130,30 +132,28 @@ ENTRY %main (x: f32[4,2]) -> f32[4,2] {
   %f = f32[4,2]{1,0} copy(%x)
 }"""
     params = {"w": jnp.ones((4, 2)), "b": jnp.ones(2)}
-    assert benchmark.copies(program, params, in_loop=True) == 18 / 10
-    assert benchmark.copies(program, params) == 26 / 10
-    assert benchmark.copies(program.replace("[", "<"), params) is None
+    assert timing.copies(program, params, in_loop=True) == 18 / 10
+    assert timing.copies(program, params) == 26 / 10
+    assert timing.copies(program.replace("[", "<"), params) is None
 
 
 def test_an_option_is_asked_for_first():
-    assert benchmark.compiles_with({})
-    assert not benchmark.compiles_with({"no_such_option": True})
+    assert timing.compiles_with({})
+    assert not timing.compiles_with({"no_such_option": True})
 
 
 @pytest.fixture(scope="module")
 def tiny():
     """A network of 1,000 parameters, in a loop and step by step."""
-    return benchmark.Net(MLP((20,), 10), (6, 6, 1), batch_size=4, steps=3)
+    return steps.Net(MLP((20,), 10), (6, 6, 1), batch_size=4, steps=3)
 
 
 @pytest.mark.parametrize("loop", [True, False])
 def test_a_program_takes_its_steps_and_says_what_it_moves(tiny, loop):
     net = tiny._replace(loop=loop)
-    found = benchmark.methods()
+    found = steps.methods()
     with jax.numpy_dtype_promotion("standard"):
-        programs = {
-            name: benchmark.training(net, found[name]) for name in ("adam", "link")
-        }
+        programs = {name: steps.training(net, found[name]) for name in ("adam", "link")}
     facts = {name: program.facts for name, program in programs.items()}
     assert facts["adam"]["accessed"] < facts["link"]["accessed"]
     assert programs["adam"].steps == 3
@@ -167,8 +167,8 @@ def updates():
     params = {str(i): jnp.full((32, 64), 0.1) for i in range(2)}
     with jax.numpy_dtype_promotion("standard"):
         return {
-            name: benchmark.updating(params, method)
-            for name, method in benchmark.methods().items()
+            name: steps.updating(params, method)
+            for name, method in steps.methods().items()
         }
 
 
@@ -182,15 +182,15 @@ def test_facts_of_an_update(updates):
 
 
 def test_the_command(tmp_path, capsys, monkeypatch, tiny):
-    monkeypatch.setitem(benchmark.NETS, "split MNIST", tiny)
-    monkeypatch.setitem(benchmark.NETS, "permuted MNIST", tiny)
-    monkeypatch.setattr(benchmark, "torch_training", lambda _: {})
-    monkeypatch.setattr(benchmark, "MATRIX", (32, 64))
-    copied = functools.partial(benchmark.copy_bandwidth, 2**16)
-    monkeypatch.setattr(benchmark, "copy_bandwidth", copied)
-    some = {k: benchmark.methods()[k] for k in ("adam", "wrapper")}
-    monkeypatch.setattr(benchmark, "methods", lambda: some)
-    config = benchmark.Config(
+    monkeypatch.setitem(steps.NETS, "split MNIST", tiny)
+    monkeypatch.setitem(steps.NETS, "permuted MNIST", tiny)
+    monkeypatch.setattr(steps, "torch_training", lambda _: {})
+    monkeypatch.setattr(steps, "MATRIX", (32, 64))
+    copied = functools.partial(timing.copy_bandwidth, 2**16)
+    monkeypatch.setattr(steps, "copy_bandwidth", copied)
+    some = {k: steps.methods()[k] for k in ("adam", "wrapper")}
+    monkeypatch.setattr(steps, "methods", lambda: some)
+    config = Config(
         out=tmp_path,
         nets=("split MNIST",),
         convolutions=False,
@@ -198,7 +198,7 @@ def test_the_command(tmp_path, capsys, monkeypatch, tiny):
         large=5_000,
     )
     with jax.numpy_dtype_promotion("standard"):
-        benchmark.run(config)
+        run(config)
     record = json.loads((tmp_path / "results.json").read_text())
     assert list(record["runs"]) == [
         "split MNIST",
@@ -207,7 +207,7 @@ def test_the_command(tmp_path, capsys, monkeypatch, tiny):
         "large tree",
     ]
     assert record["runs"]["large tree"]["parameters"] == 2 * 32 * 64
-    assert benchmark.table(record["summary"]) in capsys.readouterr().out
+    assert findings.table(record["summary"]) in capsys.readouterr().out
     assert (tmp_path / "benchmark.png").stat().st_size > 10_000
     for found in record["summary"].values():
         assert list(found) == list(some)
@@ -216,4 +216,4 @@ def test_the_command(tmp_path, capsys, monkeypatch, tiny):
 
 
 def test_shipped_configuration_is_the_default():
-    assert command.parse(benchmark.Config, "benchmark", []) == benchmark.Config()
+    assert command.parse(Config, "benchmark", []) == Config()

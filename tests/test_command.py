@@ -100,8 +100,8 @@ def test_the_experiments_are_listed(capsys):
     listed = dict(line.split(maxsplit=1) for line in lines)
     folder = CONFIGS.parent / "experiments"
     assert set(listed) == {
-        path.stem
-        for path in folder.glob("*.py")
+        path.parent.name if path.stem == "__main__" else path.stem
+        for path in [*folder.glob("*.py"), *folder.glob("*/__main__.py")]
         if "    command.main(" in path.read_text("utf-8")
     }
     assert listed["split_mnist"] == "Split MNIST, the paper's Fig. 3"

@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from experiments.data import datasets, published, sources, tfrecord
 from experiments.data import images as data
-from experiments.data import tfrecord
-from experiments.data.images import Examples
+from experiments.data.datasets import Examples
 
 
 @pytest.fixture
@@ -61,16 +61,16 @@ def test_names_and_sources_are_not_mixed_up():
 
 
 def test_cache_serves_later_loads(fake, tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "_from_tfds", lambda *_: fake)
+    monkeypatch.setattr(data, "from_tfds", lambda *_: fake)
     first = data.load("mnist", data_dir=tmp_path)
-    monkeypatch.setattr(data, "_from_tfds", None)  # not to be called again
+    monkeypatch.setattr(data, "from_tfds", None)  # not to be called again
     assert_same(data.load("mnist", data_dir=tmp_path)[2:], first[2:])
     assert [p.name for p in (tmp_path / "si_jax").iterdir()] == ["mnist.npz"]
 
 
 def test_data_dir_comes_before_the_environment(fake, tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr(data, "_from_tfds", lambda _, d: asked.append(d) or fake)
+    monkeypatch.setattr(data, "from_tfds", lambda _, d: asked.append(d) or fake)
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "env"))
     data.load("mnist")
     data.load("mnist", data_dir=tmp_path / "argument")
@@ -80,13 +80,13 @@ def test_data_dir_comes_before_the_environment(fake, tmp_path, monkeypatch):
 def test_a_cache_of_other_images_is_refused(fake, tmp_path):
     colour = Examples(np.zeros((10, 32, 32, 3), np.uint8), fake[0].labels)
     data._write_cache(tmp_path / "si_jax" / "mnist.npz", (colour, colour))
-    with pytest.raises(data.DataError, match=r"mnist\.npz holds as mnist are"):
+    with pytest.raises(datasets.DataError, match=r"mnist\.npz holds as mnist are"):
         data.load("mnist", data_dir=tmp_path)
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "empty", "foreign"])
 def test_a_damaged_cache_is_made_anew(damage, fake, tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(data, "_from_tfds", lambda *_: fake)
+    monkeypatch.setattr(data, "from_tfds", lambda *_: fake)
     data.load("mnist", data_dir=tmp_path)
     cache = tmp_path / "si_jax" / "mnist.npz"
     content = bytearray(cache.read_bytes())
@@ -112,7 +112,7 @@ def test_a_full_disk_costs_the_cache_only(fake, tmp_path, monkeypatch, caplog):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(data, "_from_tfds", lambda *_: fake)
+    monkeypatch.setattr(data, "from_tfds", lambda *_: fake)
     monkeypatch.setattr(np, "savez", full)
     assert_same(data.load("mnist", data_dir=tmp_path)[2:], fake)
     assert "not cached" in caplog.text
@@ -121,8 +121,8 @@ def test_a_full_disk_costs_the_cache_only(fake, tmp_path, monkeypatch, caplog):
 
 def test_other_images_are_not_taken_for_mnist(fake, tmp_path, monkeypatch):
     colour = Examples(np.zeros((10, 32, 32, 3), np.uint8), fake[0].labels)
-    monkeypatch.setattr(data, "_from_tfds", lambda *_: (colour, colour))
-    with pytest.raises(data.DataError, match="holds as mnist are uint8 images"):
+    monkeypatch.setattr(data, "from_tfds", lambda *_: (colour, colour))
+    with pytest.raises(datasets.DataError, match="holds as mnist are uint8 images"):
         data.load("mnist", data_dir=tmp_path)
 
 
@@ -138,8 +138,8 @@ def test_without_a_network_one_message_at_once(name, tmp_path, monkeypatch):
         assert timeout < 10, "seconds"
         raise urllib.error.URLError("Name or service not known")
 
-    monkeypatch.setattr(data.urllib.request, "urlopen", unreachable)
-    with pytest.raises(data.DataError, match="cannot be reached") as error:
+    monkeypatch.setattr(sources.urllib.request, "urlopen", unreachable)
+    with pytest.raises(datasets.DataError, match="cannot be reached") as error:
         data.load(name, data_dir=tmp_path)
     assert len(tried) == 1
     assert "TFDS_DATA_DIR" in str(error.value)
@@ -150,10 +150,10 @@ def test_a_network_that_swallows_everything_is_given_up_on(tmp_path, monkeypatch
     def hang(*_, **__):
         threading.Event().wait()
 
-    assert data._PATIENCE < 10, "seconds"
-    monkeypatch.setattr(data, "_PATIENCE", 0.1)
-    monkeypatch.setattr(data.urllib.request, "urlopen", hang)
-    with pytest.raises(data.DataError, match=r"cannot be reached \(no answer\)"):
+    assert sources._PATIENCE < 10, "seconds"
+    monkeypatch.setattr(sources, "_PATIENCE", 0.1)
+    monkeypatch.setattr(sources.urllib.request, "urlopen", hang)
+    with pytest.raises(datasets.DataError, match=r"cannot be reached \(no answer\)"):
         data.load("mnist", data_dir=tmp_path)
 
 
@@ -187,10 +187,10 @@ def server():
 
 def publish(monkeypatch, server, name, contents):
     files, base = server
-    original = data._ORIGINALS[name]
+    original = published.ORIGINALS[name]
     files.update(zip(original.files, contents, strict=True))
-    changed = {**data._ORIGINALS, name: original._replace(base=base)}
-    monkeypatch.setattr(data, "_ORIGINALS", changed)
+    changed = {**published.ORIGINALS, name: original._replace(base=base)}
+    monkeypatch.setattr(sources, "ORIGINALS", changed)
 
 
 def idx(examples):
@@ -215,7 +215,7 @@ def test_a_truncated_download_says_so(fake, server, tmp_path, monkeypatch):
     images, labels = idx(fake[0])
     broken = [images[: len(images) // 2], labels, *idx(fake[1])]
     publish(monkeypatch, server, "mnist", broken)
-    with pytest.raises(data.DataError, match=r"Downloading mnist .* failed"):
+    with pytest.raises(datasets.DataError, match=r"Downloading mnist .* failed"):
         data.load("mnist", data_dir=tmp_path)
 
 
@@ -224,7 +224,7 @@ def no_network(monkeypatch):
     def unreachable(*_, **__):
         raise urllib.error.URLError("Name or service not known")
 
-    monkeypatch.setattr(data.urllib.request, "urlopen", unreachable)
+    monkeypatch.setattr(sources.urllib.request, "urlopen", unreachable)
 
 
 def torchvision(folder, fake, *, compressed=False):
@@ -232,7 +232,7 @@ def torchvision(folder, fake, *, compressed=False):
     raw = folder / "MNIST" / "raw"
     raw.mkdir(parents=True)
     contents = [*idx(fake[0]), *idx(fake[1])]
-    for name, content in zip(data._ORIGINALS["mnist"].files, contents, strict=True):
+    for name, content in zip(published.ORIGINALS["mnist"].files, contents, strict=True):
         if compressed:
             (raw / name).write_bytes(content)
         else:
@@ -265,12 +265,14 @@ def test_mnist_is_read_where_keras_keeps_it(fake, tmp_path, monkeypatch):
     np.savez(tmp_path / "mnist.npz", **arrays)
     monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
     assert_same(data.load("mnist", data_dir=tmp_path)[2:], fake)
-    with pytest.raises(data.DataError, match="tensorflow-datasets is not installed"):
+    with pytest.raises(
+        datasets.DataError, match="tensorflow-datasets is not installed"
+    ):
         data.load("cifar10", data_dir=tmp_path)
     other = tmp_path / "other"
     other.mkdir()
     np.savez(other / "mnist.npz", **{k: x for k, x in arrays.items() if k != "y_test"})
-    with pytest.raises(data.DataError, match=r"mnist\.npz is damaged: .*y_test"):
+    with pytest.raises(datasets.DataError, match=r"mnist\.npz is damaged: .*y_test"):
         data.load("mnist", data_dir=other)
 
 
@@ -289,15 +291,15 @@ def test_files_of_torchvision_that_are_not_whole_are_named(
     change, message, fake, tmp_path
 ):
     change(torchvision(tmp_path, fake) / "t10k-labels-idx1-ubyte")
-    with pytest.raises(data.DataError, match=message):
+    with pytest.raises(datasets.DataError, match=message):
         data.load("mnist", data_dir=tmp_path)
 
 
 def test_other_images_among_torchvisions_are_not_taken_for_mnist(fake, tmp_path):
     raw = torchvision(tmp_path, fake)
     raw.parent.rename(tmp_path / "FashionMNIST")
-    assert data._from_files("mnist", tmp_path) is None
-    assert data._from_files("mnist", tmp_path / "FashionMNIST" / "raw") is None
+    assert published.from_files("mnist", tmp_path) is None
+    assert published.from_files("mnist", tmp_path / "FashionMNIST" / "raw") is None
 
 
 def cifar_tar(members):
@@ -444,7 +446,7 @@ def test_damaged_tfrecords_are_named(cut, what, fake, tfrecords, tmp_path):
     file = tfrecords / "mnist-train.tfrecord-00001-of-00002"
     first = len(framed(example(fake[0].images[7], 7)))
     file.write_bytes(cut(file.read_bytes(), first))
-    with pytest.raises(data.DataError, match=what) as error:
+    with pytest.raises(datasets.DataError, match=what) as error:
         data.load("mnist", data_dir=tmp_path)
     assert str(file) in str(error.value)
     assert "Remove it and prepare it again" in str(error.value)
@@ -454,7 +456,7 @@ def test_damaged_tfrecords_are_named(cut, what, fake, tfrecords, tmp_path):
 def test_a_missing_tfrecord_file_is_named(tfrecords, tmp_path):
     file = tfrecords / "mnist-test.tfrecord-00000-of-00001"
     file.unlink()
-    with pytest.raises(data.DataError, match="is damaged") as error:
+    with pytest.raises(datasets.DataError, match="is damaged") as error:
         data.load("mnist", data_dir=tmp_path)
     assert str(file) in str(error.value)
 
@@ -482,7 +484,7 @@ def test_a_prepared_folder_that_is_not_whole_is_named(
 ):
     """Not the network alone, which whoever has copied a folder does not ask for."""
     change(tfrecords)
-    with pytest.raises(data.DataError, match=message) as error:
+    with pytest.raises(datasets.DataError, match=message) as error:
         data.load("mnist", data_dir=tmp_path)
     assert "\n- complete what is there\n" in str(error.value)
     assert str(tfrecords.parent) in str(error.value)
@@ -490,14 +492,14 @@ def test_a_prepared_folder_that_is_not_whole_is_named(
 
 def test_a_damaged_description_is_named(tfrecords, tmp_path):
     (tfrecords / "dataset_info.json").write_text("")
-    with pytest.raises(data.DataError, match=r"TFDS cannot read .*mnist"):
+    with pytest.raises(datasets.DataError, match=r"TFDS cannot read .*mnist"):
         data.load("mnist", data_dir=tmp_path)
 
 
 def test_compressed_tfrecords_are_called_so(tfrecords, tmp_path):
     file = tfrecords / "mnist-train.tfrecord-00001-of-00002"
     file.write_bytes(gzip.compress(file.read_bytes()))
-    with pytest.raises(data.DataError, match="00001-of-00002 is compressed: decom"):
+    with pytest.raises(datasets.DataError, match="00001-of-00002 is compressed: decom"):
         data.load("mnist", data_dir=tmp_path)
 
 
@@ -505,7 +507,7 @@ def test_a_format_that_is_not_read_is_named(tfrecords, tmp_path):
     info = tfrecords / "dataset_info.json"
     info.write_text(info.read_text().replace('"tfrecord"', '"riegeli"'))
     message = "riegeli format; only array_record and tfrecord are read"
-    with pytest.raises(data.DataError, match=message):
+    with pytest.raises(datasets.DataError, match=message):
         data.load("mnist", data_dir=tmp_path)
 
 
@@ -516,7 +518,7 @@ def test_a_package_that_is_missing_is_named(package, tmp_path, monkeypatch):
     monkeypatch.delitem(sys.modules, "experiments.data.tfrecord")
     monkeypatch.delattr("experiments.data.tfrecord")
     message = rf"{package} is not installed: pip install 'si_jax\[experiments\]'"
-    with pytest.raises(data.DataError, match=message):
+    with pytest.raises(datasets.DataError, match=message):
         data.load("mnist", data_dir=tmp_path)
 
 
@@ -526,7 +528,7 @@ def test_array_records_without_their_reader_say_what_to_install(tfrecords, monke
     monkeypatch.setitem(sys.modules, "array_record", None)
     monkeypatch.setitem(sys.modules, "array_record.python", None)
     message = r"array_record is not installed: pip install 'si_jax\[array_record\]'"
-    with pytest.raises(data.DataError, match=message):
+    with pytest.raises(datasets.DataError, match=message):
         data.load("mnist", data_dir=tfrecords.parents[1])
 
 
@@ -562,21 +564,21 @@ def test_real_mnist_through_tfds(monkeypatch):
 def test_held_out_examples_come_from_the_training_set_and_are_not_trained_on():
     labels = np.arange(600, dtype=np.int32) % 10
     images = np.arange(600)[:, None, None, None].astype(np.uint16)
-    whole = data.Dataset(
+    whole = datasets.Dataset(
         "numbers", 10, Examples(images, labels), Examples(images + 1000, labels)
     )
-    held = data.hold_out(whole, 1 / 6)
+    held = datasets.hold_out(whole, 1 / 6)
     trained, evaluated = held.train.images.ravel(), held.test.images.ravel()
     assert len(evaluated) == 100
     assert sorted([*trained, *evaluated]) == list(range(600)), "and no test example"
     np.testing.assert_array_equal(held.test.labels, evaluated % 10)
-    assert data.hold_out(whole, 0.0) is whole
+    assert datasets.hold_out(whole, 0.0) is whole
     for fraction in (1e-6, 0.9999):
-        with pytest.raises(data.DataError, match="leaves none"):
-            data.hold_out(whole, fraction)
+        with pytest.raises(datasets.DataError, match="leaves none"):
+            datasets.hold_out(whole, fraction)
     for fraction in (-0.1, 1.0, np.nan):
         with pytest.raises(ValueError, match=r"fraction must be in \[0, 1\)"):
-            data.hold_out(whole, fraction)
+            datasets.hold_out(whole, fraction)
 
 
 def test_joined_data_sets_keep_their_labels_apart():
@@ -584,12 +586,12 @@ def test_joined_data_sets_keep_their_labels_apart():
         labels = np.arange(6, dtype=np.int32) % classes
         images = np.full((6, 2, 2, 3), first, np.uint8) + labels[:, None, None, None]
         examples = Examples(images.astype(np.uint8), labels)
-        return data.Dataset(name, classes, examples, examples)
+        return datasets.Dataset(name, classes, examples, examples)
 
-    few = data.select(dataset("b", 3, 100), 2)
+    few = datasets.select(dataset("b", 3, 100), 2)
     assert few.classes == 2
     assert few.train.labels.tolist() == [0, 1, 0, 1]
-    both = data.join(dataset("a", 3, 0), few)
+    both = datasets.join(dataset("a", 3, 0), few)
     assert (both.name, both.classes) == ("a+b", 5)
     assert both.test.labels.tolist() == [0, 1, 2, 0, 1, 2, 3, 4, 3, 4]
     assert both.test.labels.dtype == np.int32

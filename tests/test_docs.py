@@ -15,20 +15,28 @@ import numpy as np
 import pytest
 
 from experiments import (
-    benchmark,
     benchmark_sweep,
-    finetune,
     importance,
     permuted_mnist,
-    scenarios,
     split_cifar,
     split_mnist,
     sweep,
-    why,
 )
+from experiments.benchmark import findings as benchmark
 from experiments.engine import command
+from experiments.engine.choice import choose
 from experiments.engine.record import Record
 from experiments.engine.tables import table
+from experiments.finetune import config as finetune_config
+from experiments.finetune import findings as finetune
+from experiments.finetune import texts as finetune_texts
+from experiments.finetune.methods import third as of_third
+from experiments.scenarios import config as scenarios_config
+from experiments.scenarios import findings as scenarios
+from experiments.scenarios.config import SCENARIOS
+from experiments.why import config as why_config
+from experiments.why import findings as why
+from experiments.why.config import CORRELATED
 from si_jax.metrics import (
     average_accuracy,
     average_accuracy_so_far,
@@ -579,9 +587,9 @@ def test_the_scenarios_show_where_si_fails():
     text = (ROOT / "docs/experiments.md").read_text()
     shown = record("scenarios")
     runs = shown["runs"]
-    config = scenarios.Config()
+    config = scenarios_config.Config()
     assert scenarios.choice_table(config, runs) in text
-    found = {x: scenarios.of_scenario(runs, x) for x in scenarios.SCENARIOS}
+    found = {x: scenarios.of_scenario(runs, x) for x in SCENARIOS}
     assert scenarios.table(found) in text
     assert f"mean ± SEM of {config.seeds} seeds" in text
     domain = best_of(shown, "domain")
@@ -606,7 +614,7 @@ def best_of(shown, scenario):
 
 @pytest.mark.parametrize("name", ["scenarios", "scenarios_quick"])
 def test_in_every_record_si_solves_task_but_not_class_incremental(name):
-    task, domain, added = (best_of(record(name), x) for x in scenarios.SCENARIOS)
+    task, domain, added = (best_of(record(name), x) for x in SCENARIOS)
     for method in ("l2", "si", "ewc", "mas"):
         least = added["fine-tuning"]
         assert added[method] < least + 0.1 < added["joint"] - 0.5
@@ -619,7 +627,7 @@ def test_in_every_record_si_solves_task_but_not_class_incremental(name):
 
 def test_fine_tuning_is_the_record():
     text, shown = (ROOT / "docs/experiments.md").read_text(), record("finetune")
-    config, runs = command.parse(finetune.Config, "finetune", []), shown["runs"]
+    config, runs = command.parse(finetune_config.Config, "finetune", []), shown["runs"]
     ((name, layers),) = shown["held"].items()
     minutes = sum(run["seconds"] for run in runs.values()) / 60
     for made in (
@@ -646,13 +654,13 @@ def test_fine_tuning_is_the_record():
         assert abs(half["slow"] - half[method]) < 0.01
     start = np.mean(runs["pretraining"]["test"], axis=0)[-1, 0]
     steps = np.mean(runs["fine-tuning"]["test"], axis=0)[:, 0] - start
-    assert finetune.stops(config.steps, config)[0] == 8
+    assert finetune_texts.stops(config.steps, config)[0] == 8
     assert 0.9 < steps[0] / steps[-1] < 1
     for at in (half, much, most):
         for method in ("slow si", "slow si fisher"):
             assert at[method] < at["slow"] - 0.03
     quick = command.CONFIGS / "finetune_quick.toml"
-    quick = command.parse(finetune.Config, "finetune", ["--config", str(quick)])
+    quick = command.parse(finetune_config.Config, "finetune", ["--config", str(quick)])
     small = finetune.at_equal_loss(quick, record("finetune_quick")["runs"], (0.5,))
     small = {name: f"{values.mean():.3f}" for name, values in small.items()}
     assert f"(at 50%, {small['slow']} and {small['si']})" in text
@@ -670,7 +678,7 @@ def test_fine_tuning_is_the_record():
     assert np.isnan([most["lora"], most["lora si"]]).all()
 
     third = {
-        name: np.array(runs[finetune.third(arm)]["test"])[:, -1].mean(0)
+        name: np.array(runs[of_third(arm)]["test"])[:, -1].mean(0)
         for name, (arm, _) in finetune.choose(config, runs).items()
     }
     mean = {name: losses.mean() for name, losses in third.items()}
@@ -724,13 +732,14 @@ def test_records_that_configurations_name_exist():
 def test_commands_exist():
     for page in PAGES:
         for name in re.findall(r"python -m experiments\.(\w+)", page.read_text()):
-            assert (ROOT / "experiments" / f"{name}.py").exists(), name
+            files = (f"{name}.py", f"{name}/__main__.py")
+            assert any((ROOT / "experiments" / x).exists() for x in files), name
             assert (ROOT / "configs" / f"{name}.toml").exists(), name
 
 
 def importance_ranks(measured, name):
     """Rank correlations with all: ``(batch sizes, layers, names)``, to two digits."""
-    row = why.CORRELATED.index(name)
+    row = CORRELATED.index(name)
     return np.array(
         [
             [np.mean(layer["rank"], axis=0)[row] for layer in found["layers"].values()]
@@ -773,7 +782,7 @@ def why_text():
 def test_why_si_works_is_the_record():
     page, text = (ROOT / "docs/why.md").read_text(), why_text()
     path = command.CONFIGS / "why_quick.toml"
-    config = command.parse(why.Config, "why", ["--config", str(path)])
+    config = command.parse(why_config.Config, "why", ["--config", str(path)])
     found = Importances("why_quick")
     for made in (
         why.bias_table(found.runs),
@@ -844,10 +853,10 @@ def test_why_si_works_on_all_of_mnist_is_the_record():
         assert lead(2048, name, "si").mean().round(3) in (0.016, 0.017)
 
     ends = []
-    for name in why.Config().importances:
+    for name in why_config.Config().importances:
         if grid := runs.get(why.grid_name(2048, name)):
             accuracy = np.reshape(average_accuracy(grid["test"]), (1, -1))
-            ends.append(scenarios.choose(accuracy) == 0)
+            ends.append(choose(accuracy) == 0)
             if name in ("si", "l2"):
                 title = {"si": "SI", "l2": "L2"}[name]
                 of_choice = np.mean(forgetting(grid["test"][0]))
@@ -855,11 +864,11 @@ def test_why_si_works_on_all_of_mnist_is_the_record():
                 assert f"{title} {of_tests:.3f} and {of_choice:.3f}" in text
     assert (sum(ends), len(ends)) == (7, 9)
     accuracy = average_accuracy(runs[why.grid_name(256, "unbiased")]["test"])
-    assert np.argmax(accuracy) == len(why.Config().pulls) - 1
+    assert np.argmax(accuracy) == len(why_config.Config().pulls) - 1
 
     rank = importance_ranks(found.measured, "si")
     names = ("root fisher", "absolute", "squared", "bias")
-    root, *gradients, bias_of = map(why.CORRELATED.index, names)
+    root, *gradients, bias_of = map(CORRELATED.index, names)
     assert rank[1:, :, gradients].min() >= 0.88
     first, *later = rank[0][:, gradients]
     assert (first == 0.91).all()
@@ -893,16 +902,16 @@ def test_why_si_works_on_permuted_digits_is_the_record():
     few = {32: found.measured[32]}
     (rank,) = importance_ranks(few, "root fisher")
     for name in ("si", "bias"):
-        at = rank[:, why.CORRELATED.index(name)]
+        at = rank[:, CORRELATED.index(name)]
         assert at.tolist() == [0.86, 0.76, 0.76], name
-    at = rank[:, why.CORRELATED.index("unbiased")]
+    at = rank[:, CORRELATED.index("unbiased")]
     assert at.tolist() == [0.27, 0.08, -0.05]
-    si, root, fisher = map(why.CORRELATED.index, ("si", "root fisher", "fisher"))
+    si, root, fisher = map(CORRELATED.index, ("si", "root fisher", "fisher"))
     linear = [np.mean(x["linear"], 0)[si] for x in few[32]["layers"].values()]
     assert np.round(linear, 2)[:, root].tolist() == [0.76, 0.74, 0.73]
     assert np.round(linear, 2)[:, fisher].tolist() == [0.60, 0.63, 0.61]
     (rank,) = importance_ranks(few, "si")
-    assert rank[:, why.CORRELATED.index("absolute")].min() >= 0.97
+    assert rank[:, CORRELATED.index("absolute")].min() >= 0.97
 
 
 def test_the_claims_about_si_hold_where_the_page_says():
@@ -929,7 +938,7 @@ def test_the_claims_about_si_hold_where_the_page_says():
     assert (lost["l2"] > si).tolist() == [False, True, False]
 
     names = ("root fisher", "absolute", "squared", "mas", "bias", "unbiased")
-    root, *gradients, mas, bias, unbiased = map(why.CORRELATED.index, names)
+    root, *gradients, mas, bias, unbiased = map(CORRELATED.index, names)
     of_mas = {}
     for name in ("why", "why_quick", "why_permuted", "why_permuted_quick"):
         measured = why.measured(record(name)["runs"])
@@ -970,7 +979,7 @@ def test_why_si_works_in_the_network_of_figure_4_is_the_record():
         drops = np.divide(omega["sum"], omega["loss drop"])
         np.testing.assert_allclose(drops.mean(), times, rtol=0.04)
     names = ("root fisher", "mas", "absolute", "bias")
-    root, mas, absolute, bias = map(why.CORRELATED.index, names)
+    root, mas, absolute, bias = map(CORRELATED.index, names)
     rank = importance_ranks(measured, "si")
     assert rank[..., absolute].min() > 0.89
     assert rank[0, :, bias].min() > 0.85

@@ -2,6 +2,9 @@ import numpy as np
 import pytest
 
 from experiments import figures
+from experiments.benchmark.figures import ratios
+from experiments.finetune.figures import frontier
+from experiments.scenarios.figures import scenarios
 
 
 def test_accuracy_by_task_draws_each_task_from_when_it_was_learned():
@@ -22,7 +25,7 @@ def test_accuracy_by_task_draws_each_task_from_when_it_was_learned():
 
 def test_ratios_have_a_bar_and_its_number_each():
     groups = {"net": {"adam": 1.0, "wrapper": 1.25}, "update": {"link": 3.5}}
-    net, update = figures.ratios(groups, label="time").axes
+    net, update = ratios(groups, label="time").axes
     assert [bar.get_width() for bar in net.patches] == [1.0, 1.25]
     assert [t.get_text() for t in net.texts] == ["1.00", "1.25"]
     assert [t.get_text() for t in net.get_yticklabels()] == ["adam", "wrapper"]
@@ -46,8 +49,8 @@ def test_a_methods_colour_is_the_same_in_every_figure_of_accuracy():
     assert fig_3.axes[0].containers[0].lines[0].get_color() == two["fine-tuning"]
     fig_6 = figures.final_accuracy({"": {"fine-tuning": bars}}, ["1", "2"], chance=0.5)
     assert fig_6.axes[0].patches[0].get_facecolor()[:3] == two["fine-tuning"]
-    scenarios = figures.scenarios({"": {"fine-tuning": matrix}})
-    assert scenarios.axes[0].lines[0].get_color() == two["fine-tuning"]
+    panels = scenarios({"": {"fine-tuning": matrix}})
+    assert panels.axes[0].lines[0].get_color() == two["fine-tuning"]
 
 
 @pytest.mark.parametrize("tasks", [2, 6])
@@ -73,15 +76,15 @@ def test_what_diverged_is_named_and_the_rest_is_drawn_as_ever():
     for both in ({"a": gone, "b": good}, {"b": good, "a": gone}):
         for figure in (
             figures.accuracy_by_task(both, ["1", "2"], chance=0.5),
-            figures.scenarios({"one": both, "other": {"b": good}}),
-            figures.scenarios({"one": {"b": good}, "other": both}),
+            scenarios({"one": both, "other": {"b": good}}),
+            scenarios({"one": {"b": good}, "other": both}),
             figures.final_accuracy(
                 {"": {k: x[:, -1] for k, x in both.items()}}, ["1", "2"], chance=0.5
             ),
             figures.average_accuracy(
                 {k: x[:, -1] for k, x in both.items()}, joint=[np.nan]
             ),
-            figures.frontier(both, start=[[1.0, 2.0]], labels=["x", "y"]),
+            frontier(both, start=[[1.0, 2.0]], labels=["x", "y"]),
         ):
             figure.draw_without_rendering()
             names = {text.get_text() for text in figure.legends[0].get_texts()}

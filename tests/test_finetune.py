@@ -9,11 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import finetune
-from experiments.data import texts
+from experiments.data.texts import sha256, shipped
 from experiments.engine import command
 from experiments.engine.command import UserError
-from experiments.finetune import Config, Family
+from experiments.finetune import __main__ as finetune
+from experiments.finetune import findings, measures, methods, study, texts
+from experiments.finetune.config import Config
+from experiments.finetune.methods import Family
+from experiments.training.loop import Carry
 
 TOY = {
     "seeds": 2,
@@ -62,10 +65,11 @@ def run(config):
         jax.numpy_dtype_promotion("standard"),
         jax.numpy_rank_promotion("allow"),
     ):
-        net = finetune.Network(
+        net = methods.Network(
             lookup, lambda p, text: p["table/of"][text.astype(jnp.int32)], False
         )
-        patch.setattr(finetune, "network", lambda *_: net)
+        for module in (methods, study, measures):
+            patch.setattr(module, "network", lambda *_: net)
         finetune.run(config)
     return json.loads((config.out / "results.json").read_text())
 
@@ -87,14 +91,14 @@ def test_two_methods_from_start_to_finish(files, tmp_path, capsys):
     np.testing.assert_array_equal(
         runs[third]["initial"], np.array(runs[arm]["test"])[:, -1]
     )
-    digests = [texts.sha256(path.read_bytes()) for path in files.values()]
+    digests = [sha256(path.read_bytes()) for path in files.values()]
     assert json.loads((tmp_path / "config.json").read_text())["config"]["sha256"] == (
         digests
     )
     printed = capsys.readouterr().out
-    assert finetune.best_table(small, runs) in printed
-    assert finetune.equal_table(small, runs) in printed
-    assert finetune.held_table(*record["held"].values()) in printed
+    assert findings.best_table(small, runs) in printed
+    assert findings.equal_table(small, runs) in printed
+    assert findings.held_table(*record["held"].values()) in printed
     assert (tmp_path / "finetune.png").stat().st_size > 10_000
     again = run(small)
     assert again == record
@@ -134,21 +138,21 @@ def test_texts_that_will_not_do_are_named(content, message, tmp_path):
             (tmp_path / name).write_text(text)
     files = {name: tmp_path / name for name in ("old", "new", "third")}
     with pytest.raises(UserError, match=message):
-        finetune.load(config(files, tmp_path / "out"))
+        texts.load(config(files, tmp_path / "out"))
 
 
 def test_any_bytes_are_a_text_and_two_are_enough(tmp_path):
     for name in ("old", "new"):
         (tmp_path / name).write_bytes(name.encode() + bytes(range(256)) * 2)
     files = {name: tmp_path / name for name in ("old", "new")}
-    found = finetune.load(config(files, tmp_path / "out"))
+    found = texts.load(config(files, tmp_path / "out"))
     assert list(found) == ["old", "new"]
-    problem = finetune.make_problem(list(found.values()), config(files, tmp_path))
+    problem = texts.make_problem(list(found.values()), config(files, tmp_path))
     assert problem.train_tasks.shape == (2, 6)
 
 
 def test_what_python_ships_is_three_texts():
-    found = finetune.load(Config())
+    found = texts.load(Config())
     assert list(found) == ["old", "new", "third"]
     assert min(map(len, found.values())) == Config().text_bytes
 
@@ -156,13 +160,13 @@ def test_what_python_ships_is_three_texts():
 def test_a_python_without_the_texts_says_what_to_do(monkeypatch):
     monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
     with pytest.raises(UserError, match=r"does not ship the prose.*--old FILE"):
-        texts.shipped("prose")
+        shipped("prose")
 
 
 def test_nothing_held_out_is_trained_on():
     contents = [bytes(range(250)) * 2, b"z" * 700]
     small = Config(**TOY)
-    problem = finetune.make_problem(contents, small)
+    problem = texts.make_problem(contents, small)
     window = small.length + 1
     for i, content in enumerate(contents):
         begin, trained = problem.train.begin[i], problem.train.size[i]
@@ -189,10 +193,10 @@ def curves():
 
 def test_interpolation_at_equal_loss():
     small = Config(**TOY)
-    found = finetune.at_equal_loss(small, curves(), (0.5, 0.75, 1.0))
+    found = findings.at_equal_loss(small, curves(), (0.5, 0.75, 1.0))
     np.testing.assert_allclose(found["fine-tuning"], [[1, 1.5, 2]] * 2)
     np.testing.assert_allclose(found["si"], [[0.25, 0.625, 1]] * 2)
-    lines = finetune.equal_table(small, curves()).splitlines()
+    lines = findings.equal_table(small, curves()).splitlines()
     assert lines[1].split()[:4] == ["early", "stopping", "1.000", "±"]
 
 
@@ -201,21 +205,21 @@ def test_a_slow_curve_ends_where_it_is_not_held():
     runs["slow c=0.1"] = {half: [[(1.5, 2.5)]] * 2 for half in ("test", "choice")}
     runs["slow si c=0.1"] = {half: [[(1.25, 3.0)]] * 2 for half in ("test", "choice")}
     small = Config(**TOY | {"methods": ("slow si",), "si_strengths": (0.1,)})
-    found = finetune.at_equal_loss(small, runs, (0.5, 0.75, 1.0))
+    found = findings.at_equal_loss(small, runs, (0.5, 0.75, 1.0))
     np.testing.assert_allclose(found["slow si"], [[0.25, 0.5, np.nan]] * 2)
     del runs["slow c=0.1"]
-    found = finetune.at_equal_loss(small, runs, (0.5, 0.75))
+    found = findings.at_equal_loss(small, runs, (0.5, 0.75))
     np.testing.assert_allclose(found["slow si"], [[0.25, np.nan]] * 2)
 
 
 def test_si_at_a_smaller_learning_rate(monkeypatch):
-    small, slow = Config(**TOY), finetune.families(Config())["slow si"]
-    net = finetune.Network(
+    small, slow = Config(**TOY), methods.families(Config())["slow si"]
+    net = methods.Network(
         None, lambda table, text: table[text.astype(jnp.int32)], False
     )
-    monkeypatch.setattr(finetune, "network", lambda *_: net)
-    problem = finetune.make_problem([bytes(range(250)) * 2, b"z" * 700], small)
-    stage = jax.tree.map(lambda x: x[0], finetune.on(small, (1,), (4,))(problem).stages)
+    monkeypatch.setattr(methods, "network", lambda *_: net)
+    problem = texts.make_problem([bytes(range(250)) * 2, b"z" * 700], small)
+    stage = jax.tree.map(lambda x: x[0], texts.on(small, (1,), (4,))(problem).stages)
     moved = []
     with (
         jax.numpy_dtype_promotion("standard"),  # optax's Adam promotes
@@ -223,9 +227,9 @@ def test_si_at_a_smaller_learning_rate(monkeypatch):
     ):
         for rate in (1.0, slow.rate):
             params = jnp.zeros((256, 256))
-            tx = finetune.optimizer(small, slow.memory, 0.0, 0.1, rate)
-            start = finetune.Carry(params, tx.init(params))
-            make = finetune.go_on(small, slow.memory, False, rate)
+            tx = methods.optimizer(small, slow.memory, 0.0, 0.1, rate)
+            start = Carry(params, tx.init(params))
+            make = methods.go_on(small, slow.memory, False, rate)
             learner = make(jnp.float32(1), jnp.float32(0.1), start)
             end, _ = learner.epoch(start, problem.train, stage, jax.random.key(0))
             moved.append(end.params)
@@ -235,22 +239,22 @@ def test_si_at_a_smaller_learning_rate(monkeypatch):
 
 def test_the_best_is_chosen_on_the_half_that_is_there_for_it():
     runs = curves()
-    assert finetune.choose(Config(**TOY), runs) == {
+    assert findings.choose(Config(**TOY), runs) == {
         "fine-tuning": ("fine-tuning", 0),
         "si": ("si c=0.1", 0),
     }
     runs["si c=10"]["choice"] = [[(1.0, 1.0)]] * 2
-    assert finetune.choose(Config(**TOY), runs)["si"] == ("si c=10", 0)
+    assert findings.choose(Config(**TOY), runs)["si"] == ("si c=10", 0)
     runs["si c=10"]["choice"] = [[(1.0, 1.0)], [(np.nan, 1.0)]]  # a seed diverged
-    assert finetune.choose(Config(**TOY), runs)["si"] == ("si c=0.1", 0)
+    assert findings.choose(Config(**TOY), runs)["si"] == ("si c=0.1", 0)
     runs["si c=0.1"]["choice"] = [[(np.nan, np.nan)]] * 2
     with pytest.raises(UserError, match="si diverged in all that was tried"):
-        finetune.choose(Config(**TOY), runs)
+        findings.choose(Config(**TOY), runs)
 
 
 def test_what_learns_less_has_no_loss_at_that_level():
-    assert np.isnan(finetune._crossing(np.array([4.0, 3.5]), np.zeros(2), 3.0))
-    assert finetune.cells(np.array([1.0, np.nan])) == "diverged"
+    assert np.isnan(findings._crossing(np.array([4.0, 3.5]), np.zeros(2), 3.0))
+    assert findings.cells(np.array([1.0, np.nan])) == "diverged"
 
 
 def test_shipped_configurations_parse():
@@ -279,7 +283,7 @@ def test_values_that_make_no_sense_are_refused(arguments, message, capsys):
 
 def test_a_network_with_adapters_begins_as_the_one_without():
     small = Config(**TOY)
-    net, adapted = finetune.network(small), finetune.network(small, lora_rank=2)
+    net, adapted = methods.network(small), methods.network(small, lora_rank=2)
     text = jnp.arange(8, dtype=jnp.uint8)
 
     @jax.jit
@@ -294,15 +298,15 @@ def test_a_network_with_adapters_begins_as_the_one_without():
 
 
 def test_every_family_has_its_arms():
-    assert finetune.arms("si", Family("si", None, (0.1, 1.0))) == {
+    assert methods.arms("si", Family("si", None, (0.1, 1.0))) == {
         "si c=0.1": 0.1,
         "si c=1": 1.0,
     }
-    assert finetune.arms("mixed", Family(mixed=True)) == {"mixed": 1.0}
+    assert methods.arms("mixed", Family(mixed=True)) == {"mixed": 1.0}
 
 
 def test_what_is_held_by_a_run_that_diverged_is_no_number():
     layer = {"parameters": 1.0, "importance": None, "penalty": 0.0, "displacement": 0.1}
-    assert finetune.held_table({"head": layer}).splitlines()[1].split() == [
+    assert findings.held_table({"head": layer}).splitlines()[1].split() == [
         *("head", "100.0%", "diverged", "0.0%", "0.1000")
     ]

@@ -9,11 +9,15 @@ import made_up
 import numpy as np
 import pytest
 
-from experiments import figures, scenarios
 from experiments.data.tasks import look_up, mask_logits
 from experiments.engine import command, programs
+from experiments.engine.choice import GRID_SEEDS, choose
 from experiments.engine.command import UserError
 from experiments.networks.models import MLP
+from experiments.scenarios import __main__ as scenarios
+from experiments.scenarios import figures, findings, methods
+from experiments.scenarios.config import SCENARIOS, Config
+from experiments.scenarios.problems import in_scenario, make_problems
 from experiments.training.loop import Carry, Learner
 from si_jax import importance
 
@@ -26,7 +30,7 @@ def make_config(tmp_path_factory):
     def make(out=None, **settings):
         small = {"epochs": 1, "hidden": (8,), "importance_examples": 10, "seeds": 2}
         few = {f"{x}_strengths": (0.0, 10.0) for x in ("l2", "si", "ewc", "mas")}
-        return scenarios.Config(
+        return Config(
             data_dir=folder, out=out, held_out=0.2, **(small | few | settings)
         )
 
@@ -53,9 +57,9 @@ def test_a_scenario_is_run_and_more_can_be_added(make_config, tmp_path, capsys):
     assert np.shape(runs["class: joint"]["test"]) == (2, 1, 5)
     assert "forward_transfer" in summary[chosen]["test"]
     seeds = runs["class: mas, grid"]["points"]["seed"]
-    assert min(seeds) >= scenarios.GRID_SEEDS, "the seeds of the test are fresh"
+    assert min(seeds) >= GRID_SEEDS, "the seeds of the test are fresh"
     printed = capsys.readouterr().out
-    for of in (scenarios.choice_table(config, runs), "Class-incremental, test"):
+    for of in (findings.choice_table(config, runs), "Class-incremental, test"):
         assert of in printed
     assert (tmp_path / "scenarios.png").stat().st_size > 10_000
     assert "class: mas" in (tmp_path / "results.csv").read_text()
@@ -66,9 +70,9 @@ def test_a_scenario_is_run_and_more_can_be_added(make_config, tmp_path, capsys):
 def test_every_method_has_its_pieces(make_config):
     """Whose state keeps its structure through an epoch and a boundary."""
     config = make_config(reset_optimizer=True)
-    _, problem = scenarios.make_problems(config)
+    _, problem = make_problems(config)
     task = jax.tree.map(lambda x: x[0], problem.stages)
-    for name, arm in scenarios.arms(config).items():
+    for name, arm in methods.arms(config).items():
 
         def through(key, strength, arm=arm):
             further = {k: jnp.float32(x) for k, x in arm.further.items()}
@@ -80,12 +84,12 @@ def test_every_method_has_its_pieces(make_config):
         with jax.numpy_dtype_promotion("standard"):  # Adam's
             shapes = jax.eval_shape(through, jax.random.key(0), jnp.float32(1))
         assert shapes[0] == shapes[1], name
-    assert set(scenarios.arms(config)) == set(config.methods)
+    assert set(methods.arms(config)) == set(config.methods)
 
 
 def test_the_scenarios_differ_in_labels_and_outputs(make_config):
-    _, problem = scenarios.make_problems(make_config())
-    found = {x: scenarios.in_scenario(x, problem) for x in scenarios.SCENARIOS}
+    _, problem = make_problems(make_config())
+    found = {x: in_scenario(x, problem) for x in SCENARIOS}
     outputs = {
         name: [np.flatnonzero(row).tolist() for row in x.stages.classes]
         for name, x in found.items()
@@ -104,7 +108,7 @@ def test_the_scenarios_differ_in_labels_and_outputs(make_config):
 
 
 def test_what_is_held_out_is_trained_on_in_no_task(make_config):
-    choice, test = scenarios.make_problems(make_config())
+    choice, test = make_problems(make_config())
     rows = [r[:n] for r, n in zip(choice.stages.rows, choice.stages.size, strict=True)]
     used = {choice.train.images[row].tobytes() for row in np.concatenate(rows)}
     held = {image.tobytes() for image in choice.test.images}
@@ -117,7 +121,7 @@ def test_what_is_held_out_is_trained_on_in_no_task(make_config):
 
 
 def test_outputs_of_all_tasks_so_far_are_evaluated_where_the_problem_grows(make_config):
-    _, problem = scenarios.make_problems(make_config())
+    _, problem = make_problems(make_config())
 
     def make():
         return Learner(
@@ -128,7 +132,7 @@ def test_outputs_of_all_tasks_so_far_are_evaluated_where_the_problem_grows(make_
         )
 
     def active(scenario, stage):
-        seen = scenarios.in_scenario(scenario, problem)
+        seen = in_scenario(scenario, problem)
         pieces = programs.compile_pieces(make, seen, 1)
         own = pieces.to_devices((np.zeros(1, np.uint32), {}))
         return pieces.evaluate(pieces.init(own), own, "test", stage)[0].tolist()
@@ -140,12 +144,12 @@ def test_outputs_of_all_tasks_so_far_are_evaluated_where_the_problem_grows(make_
 
 def test_the_methods_hold_what_they_say(make_config):
     config = make_config(importance_examples=48)  # all of the first task's
-    _, problem = scenarios.make_problems(config)
+    _, problem = make_problems(config)
     task = jax.tree.map(lambda x: x[0], problem.stages)
     assert int(task.size) == 48
     images, _ = look_up(problem.train, task.rows[: task.size])
     model = MLP(config.hidden, 10)
-    arms = scenarios.arms(config)
+    arms = methods.arms(config)
 
     @jax.jit
     def after_twice(which):
@@ -185,10 +189,10 @@ def test_the_methods_hold_what_they_say(make_config):
 
 def test_the_best_mean_is_chosen_and_starred(make_config):
     accuracy = np.array([[0.5, 0.9, 0.1], [0.5, 0.3, 0.1]])
-    assert scenarios.choose(accuracy) == 1
+    assert choose(accuracy) == 1
     test = accuracy[:, :2].reshape(4, 1, 1)
-    grid = {scenarios.grid_name("domain", "si"): {"test": test}}
-    lines = scenarios.choice_table(make_config(grid_seeds=2), grid).splitlines()
+    grid = {findings.grid_name("domain", "si"): {"test": test}}
+    lines = findings.choice_table(make_config(grid_seeds=2), grid).splitlines()
     assert [line.split() for line in lines] == [
         ["domain"],
         ["si", "c=0", "0.5000"],
@@ -198,12 +202,12 @@ def test_the_best_mean_is_chosen_and_starred(make_config):
 
 def test_a_strength_at_which_a_seed_diverged_is_not_chosen(make_config):
     accuracy = np.array([[0.5, 0.9], [0.5, np.nan]])
-    assert scenarios.choose(accuracy) == 0
-    grid = {scenarios.grid_name("domain", "si"): {"test": accuracy.reshape(4, 1, 1)}}
-    lines = scenarios.choice_table(make_config(grid_seeds=2), grid).splitlines()
+    assert choose(accuracy) == 0
+    grid = {findings.grid_name("domain", "si"): {"test": accuracy.reshape(4, 1, 1)}}
+    lines = findings.choice_table(make_config(grid_seeds=2), grid).splitlines()
     assert [line.split()[-1] for line in lines[1:]] == ["0.5000*", "diverged"]
     with pytest.raises(UserError, match="domain: si, grid diverged in all"):
-        scenarios.choose(accuracy * np.nan, "domain: si, grid")
+        choose(accuracy * np.nan, "domain: si, grid")
 
 
 def test_seeds_are_counted_in_every_scenario(capsys):
@@ -216,7 +220,7 @@ def test_seeds_are_counted_in_every_scenario(capsys):
     record = SimpleNamespace(
         runs=runs, folder="there", save=lambda _, figure: shown.append(figure)
     )
-    scenarios.report(scenarios.Config(), record)
+    findings.report(Config(), record)
     said = capsys.readouterr().out
     assert "test accuracy after all tasks, mean ± SEM, n = 3 to 10" in said
     rows = [line.split() for line in said.splitlines() if line.startswith("n ")]
@@ -230,12 +234,12 @@ def test_tables_have_a_row_a_method():
         "si c=1": {"test": matrix, "initial": matrix[:, 0] / 2},
         "joint": {"test": np.array([[[1.0, 1.0]]])},
     }
-    lines = scenarios.measures_table(runs).splitlines()
+    lines = findings.measures_table(runs).splitlines()
     assert lines[1].split()[2:] == [
         *("0.6250", "0.8750", "0.5000", "-0.5000", "0.2500", "0.1250"),
     ]
     assert lines[2].split() == ["joint", "1.0000"]
-    assert [line.split() for line in scenarios.table({"task": runs}).splitlines()] == [
+    assert [line.split() for line in findings.table({"task": runs}).splitlines()] == [
         ["task"],
         ["si", "0.6250"],
         ["joint", "1.0000"],
@@ -256,8 +260,8 @@ def test_the_figure_has_a_panel_a_scenario():
 
 @pytest.mark.parametrize("path", sorted(command.CONFIGS.glob("scenarios*.toml")))
 def test_shipped_configurations_are_valid(path):
-    config = command.parse(scenarios.Config, "scenarios", ["--config", str(path)])
-    assert (config == scenarios.Config()) == (path.stem == "scenarios")
+    config = command.parse(Config, "scenarios", ["--config", str(path)])
+    assert (config == Config()) == (path.stem == "scenarios")
 
 
 @pytest.mark.parametrize(
@@ -272,5 +276,5 @@ def test_shipped_configurations_are_valid(path):
 )
 def test_values_that_make_no_sense_are_refused(arguments, message, capsys):
     with pytest.raises(SystemExit):
-        command.parse(scenarios.Config, "scenarios", arguments)
+        command.parse(Config, "scenarios", arguments)
     assert message in " ".join(capsys.readouterr().err.split())

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from experiments.data import tasks
-from experiments.data.images import Examples
+from experiments.data.datasets import Examples
 
 LABELS = np.array([2, 0, 1, 3, 2, 2, 0])
 

@@ -14,7 +14,7 @@ from problem import lenient
 
 import si_jax
 from experiments.data import tasks
-from experiments.data.images import Examples
+from experiments.data.datasets import Examples
 from experiments.data.tasks import mask_logits
 from experiments.engine import driver, programs, progress
 from experiments.engine.command import Options, UserError

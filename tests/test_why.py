@@ -11,10 +11,13 @@ import problem
 import pytest
 
 import si_jax
-from experiments import figures, why
 from experiments.engine import command
 from experiments.networks.models import MLP
 from experiments.training.loop import Carry
+from experiments.why import __main__ as why
+from experiments.why import figures, findings, measures, parts
+from experiments.why.config import CORRELATED, TITLES, Config
+from si_jax import ewc
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +38,7 @@ def make_config(folder, out=None, **settings):
         "importance_examples": 10,
         "held_out": 0.2,
     }
-    return why.Config(data_dir=folder, out=out, **(small | settings))
+    return Config(data_dir=folder, out=out, **(small | settings))
 
 
 def run(config):
@@ -54,12 +57,12 @@ def trained():
         "si": si_jax.synaptic_intelligence(0.0, 0.1),
         "unbiased": si_jax.synaptic_intelligence(0.0, 0.1, unbiased=True),
     }
-    boundaries = why.boundaries(MLP((8,), 10), 1)
+    boundaries = parts.boundaries(MLP((8,), 10), 1)
     names = ("l2", "si", "unbiased", "absolute", "squared")
     tx = optax.chain(
         links["si"],
-        why.watch(),
-        why.ewc.elastic_weight_consolidation(0.0, decay=1.0),
+        parts.watch(),
+        ewc.elastic_weight_consolidation(0.0, decay=1.0),
         problem.OPTIMIZERS["adam"],
     )
 
@@ -76,7 +79,7 @@ def trained():
         def boundary(_, state, params):
             state = held_by(Carry(params, state)).opt_state
             state = si_jax.consolidate(state, params)
-            fresh = why.watch().init(params)
+            fresh = parts.watch().init(params)
             return (state[0], fresh, *state[2:])
 
         history = problem.train(tx, problem.init(), tasks=2, boundary=boundary)
@@ -116,8 +119,8 @@ def test_the_bias_is_what_the_rules_differ_in():
     params, moved = {"w": jnp.array([0.5, 0.5])}, {"w": jnp.array([1.0, 2.0])}
     tx = optax.chain(
         si_jax.synaptic_intelligence(0.0, 1.0),
-        why.watch(),
-        why.ewc.elastic_weight_consolidation(0.0, decay=1.0),
+        parts.watch(),
+        ewc.elastic_weight_consolidation(0.0, decay=1.0),
     )
     synaptic, watched, memory = tx.init(params)
     synapses = synaptic.synapses._replace(path_integral={"w": jnp.array([5.0, 1.0])})
@@ -126,21 +129,23 @@ def test_the_bias_is_what_the_rules_differ_in():
     )
     watched = watched._replace(path_integral={"w": jnp.array([3.0, 2.0])})
     carry = Carry(moved, (synaptic, watched, memory))
-    after = why.boundaries(MLP((8,), 10), 1)["bias"](carry).opt_state[2]
+    after = parts.boundaries(MLP((8,), 10), 1)["bias"](carry).opt_state[2]
     np.testing.assert_allclose(after.importance["w"], [(5 - 3) / 1.25, 0], rtol=1e-6)
 
 
 def test_numbers_are_those_of_the_boundaries():
-    boundaries = list(why.boundaries(MLP((8,), 10), 1))
-    assert list(why.TITLES) == ["fine-tuning", *boundaries]
+    boundaries = list(parts.boundaries(MLP((8,), 10), 1))
+    assert list(TITLES) == ["fine-tuning", *boundaries]
     for i, name in enumerate(boundaries):
-        assert why.number(name) == i
-    assert why.number("fine-tuning") == 0
+        assert parts.number(name) == i
+    assert parts.number("fine-tuning") == 0
 
 
 def test_correlations_leave_out_what_is_dead():
     hessian = np.array([0.0, 0.0, 1.0, 2.0, 3.0])
-    found = why.correlate({"si": hessian**3 + 1, "mas": -hessian, "hessian": hessian})
+    found = measures.correlate(
+        {"si": hessian**3 + 1, "mas": -hessian, "hessian": hessian}
+    )
     assert found["alive"] == 0.6
     np.testing.assert_allclose(
         found["rank"], [[1, -1, 1], [-1, 1, -1], [1, -1, 1]], atol=1e-12
@@ -156,28 +161,28 @@ def test_importances_are_measured_chosen_and_learned_with(folder, tmp_path, caps
     config = make_config(folder, tmp_path, importances=("fine-tuning", "si"))
     record = run(config)
     runs = record["runs"]
-    measures = why.measured(runs)[16]
+    measures = findings.measured(runs)[16]
     assert list(measures["layers"]) == ["layer 1", "layer 2"]
     assert np.shape(measures["layers"]["layer 1"]["rank"]) == (2, 9, 9)
-    i, j = (why.CORRELATED.index(x) for x in ("fisher", "root fisher"))
+    i, j = (CORRELATED.index(x) for x in ("fisher", "root fisher"))
     ranks = np.asarray(measures["layers"]["layer 1"]["rank"])
     np.testing.assert_allclose(ranks[:, i, j], 1, atol=1e-6)
     omega = measures["ω"]
     np.testing.assert_allclose(
-        sum(why.shares(omega).values()),
+        sum(findings.shares(omega).values()),
         1 - np.divide(omega["unbiased"], omega["sum"]),
         rtol=1e-5,
     )
-    found = dict(why.tested(runs))
+    found = dict(findings.tested(runs))
     assert set(found) == {(16, "fine-tuning"), (16, "si")}
     assert np.shape(found[16, "si"]["test"]) == (2, 5, 5)
     assert runs["batch 16: si, grid"]["points"]["strength"][0] == 0
     printed = capsys.readouterr().out
     for table in (
-        why.bias_table(runs),
-        why.correlation_table(runs, "si"),
-        why.choice_table(config, runs),
-        why.accuracy_table(runs),
+        findings.bias_table(runs),
+        findings.correlation_table(runs, "si"),
+        findings.choice_table(config, runs),
+        findings.accuracy_table(runs),
     ):
         assert table in printed
     for name in ("why", "why_correlations"):
@@ -215,7 +220,7 @@ def test_bias_by_noise_and_by_long_steps_are_told_apart(shuffled):
         unbiased = unbiased - (gradient * step).sum(-1)
         loss.append(0.5 * (hessian * theta**2).sum(-1))
     omega = {"sum": total, "unbiased": unbiased, "loss drop": loss[0] - loss[-1]}
-    found = why.shares({name: [np.mean(x)] for name, x in omega.items()})
+    found = findings.shares({name: [np.mean(x)] for name, x in omega.items()})
     share = np.mean(paid) / np.mean(total)
     if shuffled:
         assert 0.5 * share < found["noise"] < 0.95 * share, "too little"
@@ -239,8 +244,8 @@ def test_the_figure_has_the_bias_and_the_accuracies():
 
 @pytest.mark.parametrize("path", sorted(command.CONFIGS.glob("why*.toml")))
 def test_shipped_configurations_are_valid(path):
-    config = command.parse(why.Config, "why", ["--config", str(path)])
-    assert (config == why.Config()) == (path.stem == "why")
+    config = command.parse(Config, "why", ["--config", str(path)])
+    assert (config == Config()) == (path.stem == "why")
 
 
 @pytest.mark.parametrize(
@@ -255,5 +260,5 @@ def test_shipped_configurations_are_valid(path):
 )
 def test_values_that_make_no_sense_are_refused(arguments, message, capsys):
     with pytest.raises(SystemExit):
-        command.parse(why.Config, "why", arguments)
+        command.parse(Config, "why", arguments)
     assert message in " ".join(capsys.readouterr().err.split())

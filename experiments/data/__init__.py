@@ -1,15 +1,14 @@
 """Images and texts, and the tasks made of them."""
 
-from experiments.data.images import (
+from experiments.data.datasets import (
     DataError,
     Dataset,
     Examples,
-    Source,
     hold_out,
     join,
-    load,
     select,
 )
+from experiments.data.images import Source, load
 
 __all__ = [
     "DataError",

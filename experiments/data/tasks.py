@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from experiments.data.images import Examples
+from experiments.data.datasets import Examples
 
 
 class PermutedExamples(NamedTuple):

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import tyro
 
-from experiments.data.images import DataError
+from experiments.data.datasets import DataError
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 

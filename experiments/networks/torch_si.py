@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from experiments.data.images import Examples
+from experiments.data.datasets import Examples
 from experiments.networks.models import CNN, MLP
 
 

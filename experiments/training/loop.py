@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 
 import si_jax
-from experiments.data.images import Examples
+from experiments.data.datasets import Examples
 from experiments.data.tasks import PermutedExamples, Task
 from si_jax import metrics, state, transform
 

@@ -1,0 +1,1 @@
+"""What Synaptic Intelligence costs."""

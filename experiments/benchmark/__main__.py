@@ -1,0 +1,48 @@
+"""What Synaptic Intelligence costs: ``python -m experiments.benchmark``."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from experiments.benchmark.config import Config
+from experiments.benchmark.findings import figure, summarize, table
+from experiments.benchmark.steps import (
+    CALLS,
+    LARGE,
+    time_calls,
+    time_convolutions,
+    time_net,
+    time_update,
+)
+from experiments.engine import command
+from experiments.engine.record import Record, is_first
+
+
+def run(config: Config) -> None:
+    """Time what is not timed yet; print a table, draw the ratios."""
+    record = Record("benchmark", config)
+    jax.config.update("jax_enable_compilation_cache", False)  # to time compilation
+    todo: dict[str, Callable[[Config], dict[str, Any]]] = {
+        name: functools.partial(time_net, name) for name in config.nets
+    }
+    todo |= {
+        f"{name}, {CALLS}": functools.partial(time_calls, name) for name in config.nets
+    }
+    if config.convolutions:
+        todo["convolutions"] = time_convolutions
+    todo["update"] = functools.partial(time_update, large=False)
+    if config.large:
+        todo[LARGE] = functools.partial(time_update, large=True)
+    for name, timing in todo.items():
+        if name not in record.runs:
+            record.add(name, timing(config), summarize)
+    if is_first():
+        summary = record.content["summary"]
+        print(table(summary))
+        record.save("benchmark", figure(summary))
+
+
+if __name__ == "__main__":
+    command.main(Config, "benchmark", run)

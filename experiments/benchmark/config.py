@@ -1,0 +1,36 @@
+"""What can be set, and what makes sense."""
+
+import dataclasses
+from typing import Literal
+
+from experiments.engine import command
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(command.Options):
+    """Time of a training step, and of an update alone, by method.
+
+    The methods take turns, so that whatever else the machine does meets them alike (but
+    for the large tree, whose states do not fit side by side); compilation is left out.
+    Compare within a run: seconds of two machines say little.
+    The methods in PyTorch are left out where it is not installed.
+    """
+
+    nets: tuple[Literal["split MNIST", "permuted MNIST", "split CIFAR"], ...] = (
+        "split MNIST",
+        "permuted MNIST",
+        "split CIFAR",
+    )
+    """The paper's networks, with their batch sizes."""
+    convolutions: bool = True
+    """Time what makes the convolutional network fast, too."""
+    repetitions: int = 9
+    """Timings of each method."""
+    large: int = 100_000_000
+    """Parameters of a tree like a transformer's, to time the update on; 0: none."""
+
+    def __post_init__(self):
+        """Refuse values that make no sense."""
+        self.check(positive=(), at_least_1=("repetitions",))
+        if self.large < 0:
+            raise ValueError(f"large must be >= 0, got {self.large}")

@@ -1,0 +1,262 @@
+"""What was found: the best of each family, tables, the figure."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from experiments.engine.record import statistics
+from experiments.engine.tables import DIVERGED, aligned, best, number, over_seeds
+from experiments.finetune import figures
+from experiments.finetune.config import PRETRAINING, Config
+from experiments.finetune.methods import Family, arms, families, of_strength, third
+from experiments.finetune.study import Study
+from experiments.finetune.texts import stops, titles
+from si_jax import metrics
+
+
+def held_table(layers: Mapping[str, Mapping[str, float]]) -> str:
+    """A row a layer."""
+    rows = [["", "of parameters", "of ΣΩ", "of penalty", "displacement"]]
+    for name, row in layers.items():
+        *shares, moved = (np.nan if x is None else x for x in row.values())
+        rows.append([name, *(number(x, ".1%") for x in shares), number(moved)])
+    return aligned(rows)
+
+
+def cost_table(found: Mapping[str, Mapping[str, float]]) -> str:
+    """A row a kind of method."""
+    rows = [["", "state B/parameter", "time × Adam's", "ms a step", "peak MB"]]
+    for name, row in found.items():
+        numbers = [f"{row['state_bytes']:.1f}", f"{row['to_adam']:.2f}"]
+        peak = row.get("peak_bytes")  # not every backend says
+        numbers += [f"{row['ms']:.1f}", f"{peak / 1e6:.0f}" if peak else ""]
+        rows.append([name, *numbers])
+    return aligned(rows)
+
+
+def curve(
+    name: str, family: Family, runs: Mapping[str, Any], half: str = "test"
+) -> np.ndarray:
+    """A family's losses, from the one nearest to the pretrained network on.
+
+    Returns:
+      ``(seeds, points, texts)``, in bits a byte.
+    """
+    if not family.strengths:
+        return np.asarray(runs[name][half])
+    found = [np.asarray(runs[arm][half])[:, -1] for arm in ordered(name, family)]
+    n = min(map(len, found))
+    return np.stack([x[:n] for x in found], axis=1)
+
+
+def ordered(name: str, family: Family) -> list[str]:
+    """A family's methods, the one that moves the least first."""
+    sign = -1 if family.memory else 1
+    found = arms(name, family)
+    return sorted(found, key=lambda arm: sign * found[arm])
+
+
+def choose(config: Config, runs: Mapping[str, Any]) -> dict[str, tuple[str, int]]:
+    """Each family's best, by its mean loss on the old and the new text.
+
+    On the held-out half that is there to choose on.
+
+    Returns:
+      By family, the method and the stage.
+    """
+    found = {}
+    for name, family in families(config).items():
+        mean = curve(name, family, runs, "choice")[..., :2].mean((0, 2))
+        least = best(-mean, name)
+        arms = ordered(name, family)
+        found[name] = (arms[least], 0) if family.strengths else (name, least)
+    return found
+
+
+def at_equal_loss(
+    config: Config, runs: Mapping[str, Any], fractions: Sequence[float]
+) -> dict[str, np.ndarray]:
+    """How much each family's loss on the old text grew, for what it learned.
+
+    For each fraction of what fine-tuning takes from the loss on the new text, the point
+    of a family's curve where it took as much, by linear interpolation between
+    neighbouring points, on the half to choose on; reported is the other half. All
+    curves begin at the pretrained network, and those of a strength end with
+    fine-tuning at their learning rate, which is c = 0, if that was run.
+
+    Returns:
+      By family, bits a byte ``(seeds, fractions)``; NaN where it learns less.
+    """
+    whole = {}
+    for half in ("choice", "test"):
+        before = np.asarray(runs[PRETRAINING][half])[:, -1:]
+        after = np.asarray(runs["fine-tuning"][half])[:, -1:]
+        for name, family in families(config).items():
+            path = [before, curve(name, family, runs, half)]
+            unheld = of_strength("slow", family.rate)
+            end = "fine-tuning" if family.rate == 1 else unheld
+            if family.strengths and not family.lora and end in runs:
+                path.append(np.asarray(runs[end][half])[:, -1:])
+            n = min(map(len, (*path, after)))
+            whole[name, half] = np.concatenate([x[:n] for x in path], axis=1)
+    found = {}
+    for name in families(config):
+        choice, test = whole[name, "choice"], whole[name, "test"]
+        before, after = (
+            np.asarray(runs[of]["choice"])[: len(choice), -1, 1]
+            for of in (PRETRAINING, "fine-tuning")
+        )
+        found[name] = np.array(
+            [
+                [
+                    _crossing(
+                        choice[seed, :, 1],
+                        test[seed, :, 0],
+                        before[seed] - f * (before[seed] - after[seed]),
+                    )
+                    - test[seed, 0, 0]
+                    for f in fractions
+                ]
+                for seed in range(len(choice))
+            ]
+        )
+    return found
+
+
+def _crossing(falling: np.ndarray, other: np.ndarray, level: float) -> float:
+    """``other`` where ``falling`` first comes down to a level; NaN if it does not."""
+    below = np.flatnonzero(falling <= level)
+    if not len(below) or below[0] == 0:
+        return np.nan
+    i = below[0]
+    share = (falling[i - 1] - level) / (falling[i - 1] - falling[i])
+    return other[i - 1] + share * (other[i] - other[i - 1])
+
+
+def cells(values: np.ndarray) -> str:
+    """Mean ± SEM over the seeds, in bits a byte."""
+    values = np.asarray(values, np.float64)
+    if not np.isfinite(values).all():
+        return DIVERGED
+    mean = f"{values.mean():.3f}"
+    if len(values) == 1:
+        return mean
+    return f"{mean} ± {metrics.standard_error(values):.3f}"
+
+
+def summary(_: str, run: dict[str, Any]) -> dict[str, Any]:
+    """Each text's loss at the end, of both halves."""
+    return {
+        half: [statistics(x) for x in np.asarray(run[half])[:, -1].T]
+        for half in ("test", "choice")
+    }
+
+
+def best_table(config: Config, runs: Mapping[str, Any]) -> str:
+    """Each family at its best, as chosen: its losses; after the third text, too."""
+    names = list(titles(config).values())
+    rows = [["", *names[:2], "mean"]]
+    with_third = any(third(arm) in runs for arm, _ in choose(config, runs).values())
+    if with_third:
+        rows[0] += [f"after {names[2]}: {x}" for x in (*names, "mean")]
+
+    def row(title, first, last):
+        found = [title, *map(cells, first.T[:2]), cells(first[:, :2].mean(1))]
+        if with_third:
+            blank = [""] * (1 + len(names))
+            found += (
+                blank if last is None else [*map(cells, last.T), cells(last.mean(1))]
+            )
+        return found
+
+    rows.append(row("pretrained", np.asarray(runs[PRETRAINING]["test"])[:, -1], None))
+    for arm, stage in choose(config, runs).values():
+        found, last = np.asarray(runs[arm]["test"]), runs.get(third(arm))
+        if stage < found.shape[1] - 1:  # what goes on is what all steps led to
+            at = stops(config.steps, config)[stage]
+            rows.append(row(f"{arm}, stopped at {at} steps", found[:, stage], None))
+        after = None if last is None else np.asarray(last["test"])[:, -1]
+        rows.append(row(arm, found[:, -1], after))
+    return aligned(rows)
+
+
+def equal_table(config: Config, runs: Mapping[str, Any]) -> str:
+    """A row a family: how much of the old text it forgot for what it learned."""
+    fractions = (0.5, 0.75, 0.9)
+    rows = [["", *(f"{f:.0%}" for f in fractions)]]
+    for name, values in at_equal_loss(config, runs, fractions).items():
+        title = "early stopping" if name == "fine-tuning" else name
+        columns = (cells(x) if np.isfinite(x).all() else "–" for x in values.T)
+        rows.append([title, *columns])
+    return aligned(rows)
+
+
+def so_far(test: np.ndarray, finished: int) -> str:
+    """What a bar shows of the losses so far."""
+    if not finished:
+        return ""
+    losses = test[:, finished - 1].mean(0)
+    return ", held out " + " ".join(f"{x:.3f}" for x in losses) + " bits a byte"
+
+
+def report(study: Study) -> None:
+    """Print and draw the finished methods."""
+    config, record = study.config, study.record
+    runs = record.runs
+    print(
+        f"\nHeld-out loss in bits a byte, each method at its best, {over_seeds(runs)}"
+    )
+    print(best_table(config, runs))
+    if "fine-tuning" in runs:
+        gone = any("diverged" in run for run in runs.values())
+        print(
+            "\nHow much the loss on the old text grew where a method has learned as "
+            "much of the new one,\nas a part of what fine-tuning learns; – where it "
+            "is not reached" + ", or one diverged" * gone
+        )
+        print(equal_table(config, runs))
+    for name, layers in record.content.get("held", {}).items():
+        print(f"\nWhat {name} holds, after the {titles(config)['new']}")
+        print(held_table(layers))
+    if "cost" in record.content:
+        print("\nWhat a step costs, on one device")
+        print(cost_table(record.content["cost"]))
+    for text in sample_tables(record.content["samples"]):
+        print(f"\n{text}")
+    seconds = sum(x["seconds"] for x in runs.values())
+    print(f"\nTook {seconds:.0f} s. Everything is in {record.folder}.")
+    record.save("finetune", figure(config, runs))
+
+
+def sample_tables(found: Mapping[str, Sequence[str]]) -> list[str]:
+    """How the networks go on, a text each."""
+    (_, prompts), *others = found.items()
+    width = max(len(name) for name, _ in others)
+    return [
+        "\n".join(
+            [
+                f"How they go on with {prompt!r}",
+                *(f"{name:{width}}  {written[i]!r}" for name, written in others),
+            ]
+        )
+        for i, prompt in enumerate(prompts)
+    ]
+
+
+def figure(config: Config, runs: Mapping[str, Any]) -> Figure:
+    """Loss on the old text over that on the new one, a curve a family."""
+    names = list(titles(config).values())
+    found = {
+        "early stopping" if name == "fine-tuning" else name: curve(name, family, runs)[
+            ..., 1::-1
+        ]
+        for name, family in families(config).items()
+    }
+    return figures.frontier(
+        found,
+        start=np.asarray(runs[PRETRAINING]["test"])[:, -1, 1::-1],
+        labels=[f"Loss on the {x}, bits a byte" for x in names[1::-1]],
+        suptitle=f"Held-out text, {over_seeds(dict(runs))}",
+    )

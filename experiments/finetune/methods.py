@@ -1,0 +1,215 @@
+"""What is compared: networks, importances, families of methods."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+import si_jax
+from experiments.engine.driver import Method
+from experiments.finetune.config import Config
+from experiments.finetune.texts import on
+from experiments.networks.transformer import Transformer, functional
+from experiments.training import language
+from experiments.training.boundaries import consolidate
+from experiments.training.loop import Boundary, Carry, Learner
+from si_jax import ewc, importance
+
+Memory = Literal["si", "ewc"] | None
+
+
+class Network(NamedTuple):
+    """A language model as pure functions, all of it trained or its adapters."""
+
+    init: Callable[[jax.Array], Any]
+    apply: Callable[..., jax.Array]
+    adapted: bool
+
+    def logits(self, base: Any) -> language.Logits:
+        """Of the parameters that are trained; ``base`` are the others, if any."""
+        if not self.adapted:
+            return self.apply
+        return lambda params, text: self.apply(params, base, text)
+
+
+def network(config: Config, lora_rank: int = 0) -> Network:
+    """The transformer; with adapters these alone are trained."""
+
+    def make(key: jax.Array) -> Transformer:
+        return Transformer(
+            config.width,
+            layers=config.layers,
+            heads=config.heads,
+            length=config.length,
+            lora_rank=lora_rank,
+            rngs=nnx.Rngs(key),
+        )
+
+    trained = (nnx.LoRAParam,) if lora_rank else ()
+    return Network(*functional(make, *trained), adapted=bool(lora_rank))
+
+
+Importance = Callable[[language.Logits, Any, jax.Array, jax.Array], Any]
+
+
+"""``(logits, params, windows, key) → importance``, a tree like ``params``."""
+
+
+def half_fisher(logits: Any, params: Any, windows: Any, key: jax.Array) -> Any:
+    """Half the Fisher information of a mean over a sequence's bytes."""
+    windows = windows[:, :-1]
+    found = importance.fisher(logits, params, windows, key)
+    return jax.tree.map(lambda f: f / (2 * windows.shape[-1]), found)
+
+
+def sensitivity(logits: Any, params: Any, windows: Any, key: jax.Array) -> Any:
+    """MAS, of the mean over a sequence's bytes."""
+    del key
+    windows = windows[:, :-1]
+
+    def outputs(params, window):
+        return logits(params, window) / windows.shape[-1] ** 0.5
+
+    return importance.sensitivity(outputs, params, windows)
+
+
+def ones(logits: Any, params: Any, windows: Any, key: jax.Array) -> Any:
+    """L2: every parameter is as important."""
+    del logits, windows, key
+    return jax.tree.map(jnp.ones_like, params)
+
+
+class Family(NamedTuple):
+    """Methods that differ in strength alone.
+
+    Attributes:
+      memory: SI's, or EWC's, whatever the importance; or none.
+      importance: what is put in for a text that was learned; for SI after the
+        pretraining there is none, as it has its own.
+      strengths: c, a method each, or without memory a factor of the learning rate; of
+        none, one that is evaluated at every stop.
+      rate: a factor of the learning rate, for all of them.
+      lora: train adapters alone.
+      mixed: train on the old texts, too.
+    """
+
+    memory: Memory = None
+    importance: Importance | None = None
+    strengths: tuple[float, ...] = ()
+    rate: float = 1.0
+    lora: bool = False
+    mixed: bool = False
+
+
+def families(config: Config) -> dict[str, Family]:
+    """What the configuration compares."""
+    fisher, slow = config.fisher_strengths, config.slow_si_factor
+    every = {
+        "fine-tuning": Family(),
+        "slow": Family(strengths=config.slow_factors),
+        "l2": Family("ewc", ones, config.l2_strengths),
+        "ewc": Family("ewc", half_fisher, fisher),
+        "mas": Family("ewc", sensitivity, config.mas_strengths),
+        "si": Family("si", None, config.si_strengths),
+        "si fisher": Family("si", half_fisher, fisher),
+        "slow si": Family("si", None, config.si_strengths, slow),
+        "slow si fisher": Family("si", half_fisher, fisher, slow),
+        "lora": Family(lora=True),
+        "lora si": Family("si", half_fisher, fisher, lora=True),
+        "mixed": Family(mixed=True),
+    }
+    return {name: every[name] for name in config.methods}
+
+
+def optimizer(
+    config: Config,
+    memory: Memory,
+    strength: jax.typing.ArrayLike,
+    damping: jax.typing.ArrayLike,
+    rate: float = 1.0,
+) -> optax.GradientTransformation:
+    """Adam with a memory of a strength, which without one multiplies the rate."""
+    rate = config.learning_rate * rate
+    if not memory:
+        return optax.adam(rate * strength)
+    adam = optax.adam(rate)
+    if memory == "si":
+        return si_jax.with_synaptic_intelligence(
+            adam, strength, damping, state_dtype=config.state_dtype
+        )
+    return optax.chain(ewc.elastic_weight_consolidation(strength), adam)
+
+
+@functools.cache
+def go_on(
+    config: Config, memory: Memory, lora: bool, rate: float = 1.0
+) -> Callable[..., Learner]:
+    """The pieces of a run that goes on from ``start``, one for each run."""
+    net = network(config, config.lora_rank if lora else 0)
+
+    def make(
+        strength: jax.Array, damping: jax.Array, start: Carry, base: Any = None
+    ) -> Learner:
+        tx = optimizer(config, memory, strength, damping, rate)
+        return bind(config, net.logits(base), tx, lambda _: start)
+
+    return make
+
+
+def pretraining(config: Config) -> Method:
+    """A fresh network on the old text, with SI to measure what it takes."""
+    net, steps = network(config), config.pretraining_steps
+    rate = optax.warmup_cosine_decay_schedule(
+        0, config.learning_rate, steps // 20, steps, config.learning_rate / 10
+    )
+
+    def make(strength: jax.Array, damping: jax.Array) -> Learner:
+        tx = si_jax.with_synaptic_intelligence(optax.adam(rate), strength, damping)
+
+        def start(key: jax.Array) -> Carry:
+            params = net.init(key)
+            return Carry(params, tx.init(params))
+
+        return bind(config, net.apply, tx, start, [consolidate])
+
+    return Method(make, learns=on(config, (0,), (steps,)))
+
+
+def bind(
+    config: Config,
+    logits: language.Logits,
+    tx: optax.GradientTransformation,
+    start: Callable[[jax.Array], Carry],
+    boundary: Sequence[Boundary] = (),
+) -> Learner:
+    """The pieces of a run with the configuration's batches."""
+    return language.learner(
+        logits,
+        tx,
+        start,
+        batch_size=config.batch_size,
+        length=config.length,
+        boundary=boundary,
+        micro_batch=config.micro_batch,
+    )
+
+
+def arms(name: str, family: Family) -> dict[str, float]:
+    """A family's methods and their strengths."""
+    if not family.strengths:
+        return {name: 1.0}
+    return {of_strength(name, c): c for c in family.strengths}
+
+
+def of_strength(name: str, strength: float) -> str:
+    """The name of a family's method."""
+    return f"{name} c={strength:g}"
+
+
+def third(arm: str) -> str:
+    """The name under which a method goes on with the third text."""
+    return f"{arm}, then third"

@@ -1,0 +1,119 @@
+"""What was found: tables and the figure."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from experiments import split_mnist
+from experiments.engine.choice import choices
+from experiments.engine.export import measured
+from experiments.engine.record import Record
+from experiments.engine.tables import aligned, cell, counts, over_seeds
+from experiments.scenarios import figures
+from experiments.scenarios.config import SCENARIOS, Config
+from experiments.scenarios.methods import arms
+from si_jax import metrics
+
+
+def grid_name(scenario: str, method: str) -> str:
+    """Of a method's grid in the record."""
+    return f"{scenario}: {method}, grid"
+
+
+def of_scenario(runs: dict[str, Any], scenario: str) -> dict[str, Any]:
+    """The finished methods of a scenario, by name, without their grids."""
+    names = [x for x in runs if x.startswith(f"{scenario}: ") and "grid" not in x]
+    return {name.removeprefix(f"{scenario}: "): runs[name] for name in names}
+
+
+def report(config: Config, record: Record) -> None:
+    """Print and draw the finished methods."""
+    runs, name = record.runs, split_mnist.NAMES[config.data]
+    found: dict[str, dict[str, Any]] = {s: of_scenario(runs, s) for s in SCENARIOS}
+    found = {scenario: of for scenario, of in found.items() if of}
+    print("\nHeld-out accuracy after all tasks, mean over the seeds; * is chosen")
+    print(choice_table(config, runs))
+    every = {(s, name): run for s, of in found.items() for name, run in of.items()}
+    print(f"\nSplit {name}: test accuracy after all tasks, " + over_seeds(every))
+    print(table(found))
+    for scenario, of in found.items():
+        print(f"\n{scenario.capitalize()}-incremental, test")
+        print(measures_table(of))
+    seconds = sum(run["seconds"] for run in runs.values())
+    print(f"\nTook {seconds:.0f} s. Everything is in {record.folder}.")
+    record.save("scenarios", figure(found, name, over_seeds(every)))
+
+
+def choice_table(config: Config, runs: dict[str, Any]) -> str:
+    """A row a method and strength, a column a scenario: accuracy, the best with a *."""
+    rows = [["", *SCENARIOS]]
+    for method, arm in arms(config).items():
+        names = [f"{method} c={c:g}" for c in arm.candidates]
+        columns = []
+        for scenario in SCENARIOS:
+            cells = [""] * len(names)
+            if names and (grid := runs.get(grid_name(scenario, method))):
+                after = np.asarray(metrics.average_accuracy(grid["test"]))
+                cells = choices(after.reshape(-1, len(names)))
+            columns.append(cells)
+        rows += map(list, zip(names, *columns, strict=True))
+    return aligned(shown(rows))
+
+
+def shown(rows: list[list[str]]) -> list[list[str]]:
+    """A table without its empty rows and columns."""
+    columns = [x for x in zip(*rows, strict=True) if any(x[1:])]
+    return [list(row) for row in zip(*columns, strict=True) if any(row[1:])]
+
+
+def table(found: Mapping[str, Mapping[str, Any]]) -> str:
+    """A row a method, a column a scenario: accuracy averaged over the tasks.
+
+    The last row is how many seeds they have, where they differ.
+    """
+    rows = [["", *found]]
+    for method in Config().methods:
+        row: list[str] = [method]
+        for of in found.values():
+            named = [run for name, run in of.items() if name.split(" c=")[0] == method]
+            row += [cell(metrics.average_accuracy(x["test"])) for x in named] or [""]
+        rows.append(row)
+    seeds = [counts(of) for of in found.values()]
+    if len(set(seeds)) > 1 or "to" in seeds[0]:
+        rows.append(["n", *seeds])
+    return aligned([row for row in rows if any(row[1:])])
+
+
+def measures_table(runs: Mapping[str, Any]) -> str:
+    """A row a method, a column a measure; intransigence is beside joint training."""
+    rows: list[dict[str, np.ndarray]] = []
+    for run in runs.values():
+        found = measured(run, "test")
+        if len(found) > 1 and "joint" in runs:
+            test = np.asarray(run["test"])
+            reference = np.asarray(runs["joint"]["test"]).mean((0, 1))
+            reference = np.broadcast_to(reference, (len(test), len(reference)))
+            found["intransigence"] = np.asarray(metrics.intransigence(test, reference))
+        rows.append(found)
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    cells = [
+        [method, *(cell(row[name]) if name in row else "" for name in names)]
+        for method, row in zip(runs, rows, strict=True)
+    ]
+    return aligned([["", *(name.replace("_", " ") for name in names)], *cells])
+
+
+def figure(found: Mapping[str, Mapping[str, Any]], name: str, over: str) -> Figure:
+    """A panel a scenario, on the test set."""
+    return figures.scenarios(
+        {
+            f"{scenario.capitalize()}-incremental": {
+                method.split(" c=")[0]: np.asarray(run["test"])
+                for method, run in of.items()
+            }
+            for scenario, of in found.items()
+        },
+        suptitle=f"Split {name}, test accuracy, {over}",
+    )
