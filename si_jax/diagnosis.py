@@ -17,8 +17,7 @@ from si_jax.transform import SynapticIntelligenceState, observe
 class Diagnosis(NamedTuple):
     """What :func:`diagnose` found: dicts of scalars by the names of the leaves.
 
-    ``print`` shows it as a table, with a line below for what points to a mistake;
-    ``experiments.figures.diagnosis`` as bars.
+    ``print`` shows it as a table, with a line below for what points to a mistake.
 
     Attributes:
       importance: ΣΩ, in loss per squared parameter.

@@ -12,7 +12,6 @@ from optax import contrib
 from problem import FORMS, OPTIMIZERS, init, lenient, train
 
 import si_jax
-from experiments import figures
 from si_jax import ewc, theory
 
 SGD = optax.sgd(0.05)
@@ -289,16 +288,6 @@ def test_sum_of_omega_is_the_fall_of_the_loss_or_that_times_the_devices():
         report = si_jax.diagnose(opt_state, params)
         ratio = report.path_integral["params"] / fall
         np.testing.assert_allclose(ratio, devices, rtol=0.03)
-
-
-def test_the_figure_has_a_bar_for_each_leaf():
-    tx, params = make("wrapper"), {"a": {"w": jnp.ones(2)}, "b": jnp.ones(1)}
-    opt_state = si_jax.add_importance(tx.init(params), params)
-    report = si_jax.diagnose(opt_state, shifted(params))
-    share, penalty = figures.diagnosis(report).axes
-    np.testing.assert_allclose([b.get_width() for b in share.patches], [2 / 3, 1 / 3])
-    np.testing.assert_allclose([b.get_width() for b in penalty.patches], [0.25, 0.125])
-    assert [t.get_text() for t in share.get_yticklabels()] == ["a/w", "b"]
 
 
 # --- The unbiased path integral -------------------------------------------------------

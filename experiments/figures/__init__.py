@@ -4,7 +4,6 @@ from experiments.figures.accuracy import (
     accuracy_by_task,
     average_accuracy,
     correlations,
-    diagnosis,
     final_accuracy,
     heat_map,
 )
@@ -17,7 +16,6 @@ __all__ = [
     "accuracy_by_task",
     "average_accuracy",
     "correlations",
-    "diagnosis",
     "final_accuracy",
     "heat_map",
     "importances",

@@ -1,9 +1,10 @@
 """What all figures share: style, colours, and how what diverged is named."""
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+import matplotlib
 import numpy as np
 from matplotlib.colors import to_rgb
 from numpy.typing import ArrayLike
@@ -19,7 +20,7 @@ STYLE: dict[Any, Any] = {
     "pdf.fonttype": 42,  # editable text
     "savefig.dpi": 200,
 }
-
+styled = matplotlib.rc_context(STYLE)  # decorates what draws
 
 COLOURS = [f"C{i}" for i in range(10)]  # of Matplotlib's cycle
 
@@ -37,11 +38,19 @@ METHODS = (  # in the order of their colours
 )
 
 
-def colours_of(names: Iterable[str]) -> dict[str, Any]:
-    """Of methods, the same in every figure of accuracy; strengths are shades of it."""
+def colours_of(
+    names: Iterable[str], methods: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """Of runs, the same in every figure of accuracy.
+
+    Args:
+      names: the runs.
+      methods: whose run each is, if it is not called like it; all of one method are
+        shades of one colour.
+    """
     strengths: dict[str, list[str]] = {}
     for name in names:
-        strengths.setdefault(name.split(" c=")[0], []).append(name)
+        strengths.setdefault((methods or {}).get(name, name), []).append(name)
     known = dict(zip(METHODS, COLOURS, strict=False))
     rest = itertools.cycle(x for x in COLOURS if x not in map(known.get, strengths))
     found = {}

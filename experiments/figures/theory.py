@@ -7,14 +7,14 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
 
-from experiments.figures.style import STYLE
+from experiments.figures.style import styled
 
 
+@styled
 def quadratic(
     errors: Mapping[str, Mapping[str, Any]],
     averaged: Mapping[str, Mapping[str, Any]],
@@ -39,61 +39,61 @@ def quadratic(
     Returns:
       Four panels.
     """
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(6.6, 5.6), layout="constrained")
-        (error, average), (by_batch, by_rate) = figure.subplots(2, 2)
-        for (kind, found), marker in zip(
-            errors.items(), itertools.cycle("os^D"), strict=False
+    figure = Figure(figsize=(6.6, 5.6), layout="constrained")
+    (error, average), (by_batch, by_rate) = figure.subplots(2, 2)
+    for (kind, found), marker in zip(
+        errors.items(), itertools.cycle("os^D"), strict=False
+    ):
+        error.loglog(learning_rates, found["eq. 11"], label=kind, marker=marker)
+        half = averaged[kind]["half the Hessian"]
+        (points,) = average.plot(
+            half, averaged[kind]["mean ω / σ²"], marker, label=kind, markersize=5
+        )
+        average.plot(
+            half,
+            averaged[kind]["median Ω"],
+            marker,
+            markersize=5,
+            color=points.get_color(),
+            fillstyle="none",
+        )
+    error.set_xlabel("learning rate η")
+    error.set_ylabel("largest relative error")
+    error.set_title("ω against eq. 11: the error falls with η")
+    error.legend(frameon=False)
+    top = max(max(found["half the Hessian"]) for found in averaged.values())
+    average.plot([0, top], [0, top], color="0.6", zorder=0, linewidth=1)
+    average.set_xlabel("H/2, diagonal")
+    average.set_ylabel("⟨ω⟩/σ² (filled), median of Ω (open)")
+    average.set_title("averaged over starts (eq. 12)")
+    for panel, by, values in (
+        (by_batch, "by batch size", batch_sizes),
+        (by_rate, "by learning rate", noisy_learning_rates),
+    ):
+        for (name, found), marker in zip(
+            ((k, v) for k, v in noisy.items() if isinstance(v, Mapping)),
+            itertools.cycle("os^D"),
+            strict=False,
         ):
-            error.loglog(learning_rates, found["eq. 11"], label=kind, marker=marker)
-            half = averaged[kind]["half the Hessian"]
-            (points,) = average.plot(
-                half, averaged[kind]["mean ω / σ²"], marker, label=kind, markersize=5
-            )
-            average.plot(
-                half,
-                averaged[kind]["median Ω"],
-                marker,
-                markersize=5,
-                color=points.get_color(),
-                fillstyle="none",
-            )
-        error.set_xlabel("learning rate η")
-        error.set_ylabel("largest relative error")
-        error.set_title("ω against eq. 11: the error falls with η")
-        error.legend(frameon=False)
-        top = max(max(found["half the Hessian"]) for found in averaged.values())
-        average.plot([0, top], [0, top], color="0.6", zorder=0, linewidth=1)
-        average.set_xlabel("H/2, diagonal")
-        average.set_ylabel("⟨ω⟩/σ² (filled), median of Ω (open)")
-        average.set_title("averaged over starts (eq. 12)")
-        for panel, by, values in (
-            (by_batch, "by batch size", batch_sizes),
-            (by_rate, "by learning rate", noisy_learning_rates),
-        ):
-            for (name, found), marker in zip(
-                ((k, v) for k, v in noisy.items() if isinstance(v, Mapping)),
-                itertools.cycle("os^D"),
-                strict=False,
-            ):
-                ratio = np.asarray(found[by]).mean(1)
-                if name.endswith("predicted"):
-                    panel.plot(values, ratio, "k:", label=name)
-                else:
-                    panel.plot(values, ratio, marker=marker, label=name)
-            panel.axhline(1, color="0.6", linewidth=1, zorder=0)
-            panel.set_xscale("log")
-            panel.set_yscale("log")
-            panel.set_ylabel("Σω / loss drop")
-            panel.legend(frameon=False)
-        by_batch.set_xscale("log", base=2)
-        by_batch.set_xlabel("batch size")
-        by_batch.set_title(f"minibatch noise, η = {noisy['learning rate']:g}")
-        by_rate.set_xlabel("learning rate η (momentum, Adam: η/10)")
-        by_rate.set_title(f"minibatch noise, batch size {noisy['batch size']}")
+            ratio = np.asarray(found[by]).mean(1)
+            if name.endswith("predicted"):
+                panel.plot(values, ratio, "k:", label=name)
+            else:
+                panel.plot(values, ratio, marker=marker, label=name)
+        panel.axhline(1, color="0.6", linewidth=1, zorder=0)
+        panel.set_xscale("log")
+        panel.set_yscale("log")
+        panel.set_ylabel("Σω / loss drop")
+        panel.legend(frameon=False)
+    by_batch.set_xscale("log", base=2)
+    by_batch.set_xlabel("batch size")
+    by_batch.set_title(f"minibatch noise, η = {noisy['learning rate']:g}")
+    by_rate.set_xlabel("learning rate η (momentum, Adam: η/10)")
+    by_rate.set_title(f"minibatch noise, batch size {noisy['batch size']}")
     return figure
 
 
+@styled
 def trajectories(
     x: ArrayLike,
     y: ArrayLike,
@@ -113,35 +113,35 @@ def trajectories(
     Returns:
       A panel a task.
     """
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(5.6, 3.0), layout="constrained")
-        panels = figure.subplots(1, len(losses), sharex=True, sharey=True)
-        for task, (panel, loss) in enumerate(zip(panels, losses, strict=True)):
-            panel.contourf(x, y, np.sqrt(np.asarray(loss)), 20, cmap="Blues")
-            first = np.asarray(next(iter(paths.values())))[0]
-            panel.plot(*first.T, color="tab:green", linewidth=2.5, label="task 1")
-            for (name, path), color in zip(
-                paths.items(), ("black", "tab:orange"), strict=True
-            ):
-                second = np.asarray(path)[1]
-                panel.plot(*second.T, color=color, linewidth=2, label=f"task 2, {name}")
-                panel.plot(*second[-1], "o", color=color)
-            panel.plot(*first[0], "o", color="tab:green")
-            panel.annotate("θ(t₀)", first[0], (5, -4), textcoords="offset points")
-            panel.plot(*first[-1], "o", color="tab:green")
-            panel.annotate("θ(t₁)", first[-1], (5, 4), textcoords="offset points")
-            panel.set_title(f"Loss of task {task + 1}")
-            panel.set_xlabel("θ₁")
-        panels[0].set_ylabel("θ₂")
-        figure.legend(
-            *panels[0].get_legend_handles_labels(),
-            loc="outside lower center",
-            ncols=3,
-            frameon=False,
-        )
+    figure = Figure(figsize=(5.6, 3.0), layout="constrained")
+    panels = figure.subplots(1, len(losses), sharex=True, sharey=True)
+    for task, (panel, loss) in enumerate(zip(panels, losses, strict=True)):
+        panel.contourf(x, y, np.sqrt(np.asarray(loss)), 20, cmap="Blues")
+        first = np.asarray(next(iter(paths.values())))[0]
+        panel.plot(*first.T, color="tab:green", linewidth=2.5, label="task 1")
+        for (name, path), color in zip(
+            paths.items(), ("black", "tab:orange"), strict=True
+        ):
+            second = np.asarray(path)[1]
+            panel.plot(*second.T, color=color, linewidth=2, label=f"task 2, {name}")
+            panel.plot(*second[-1], "o", color=color)
+        panel.plot(*first[0], "o", color="tab:green")
+        panel.annotate("θ(t₀)", first[0], (5, -4), textcoords="offset points")
+        panel.plot(*first[-1], "o", color="tab:green")
+        panel.annotate("θ(t₁)", first[-1], (5, 4), textcoords="offset points")
+        panel.set_title(f"Loss of task {task + 1}")
+        panel.set_xlabel("θ₁")
+    panels[0].set_ylabel("θ₂")
+    figure.legend(
+        *panels[0].get_legend_handles_labels(),
+        loc="outside lower center",
+        ncols=3,
+        frameon=False,
+    )
     return figure
 
 
+@styled
 def surrogate(found: Mapping[str, Any]) -> Figure:
     """Fig. 2: a loss, its surrogate and the quadratic of its Hessian.
 
@@ -152,29 +152,29 @@ def surrogate(found: Mapping[str, Any]) -> Figure:
     Returns:
       The figure.
     """
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(4.2, 3.0), layout="constrained")
-        axes = figure.subplots()
-        grid = found["grid"]
-        axes.plot(grid, found["loss"], "k", label="loss of task 1")
-        axes.plot(grid, found["surrogate"], "tab:green", label="surrogate loss")
-        axes.plot(
-            grid, found["hessian"], color="tab:purple", linestyle="--", label="Hessian"
-        )
-        for name, text, offset in (
-            ("start", "θ(0)", (4, 5)),
-            ("end", "θ(T)", (5, -12)),
-        ):
-            parameter, loss, _ = found[name]
-            axes.plot(parameter, loss, "ko", markersize=5)
-            axes.annotate(text, (parameter, loss), offset, textcoords="offset points")
-        axes.set_ylim(-0.15, 1.15 * max(found["loss"]))
-        axes.set_xlabel("θ")
-        axes.set_ylabel("Loss")
-        figure.legend(loc="outside lower center", ncols=3, frameon=False)
+    figure = Figure(figsize=(4.2, 3.0), layout="constrained")
+    axes = figure.subplots()
+    grid = found["grid"]
+    axes.plot(grid, found["loss"], "k", label="loss of task 1")
+    axes.plot(grid, found["surrogate"], "tab:green", label="surrogate loss")
+    axes.plot(
+        grid, found["hessian"], color="tab:purple", linestyle="--", label="Hessian"
+    )
+    for name, text, offset in (
+        ("start", "θ(0)", (4, 5)),
+        ("end", "θ(T)", (5, -12)),
+    ):
+        parameter, loss, _ = found[name]
+        axes.plot(parameter, loss, "ko", markersize=5)
+        axes.annotate(text, (parameter, loss), offset, textcoords="offset points")
+    axes.set_ylim(-0.15, 1.15 * max(found["loss"]))
+    axes.set_xlabel("θ")
+    axes.set_ylabel("Loss")
+    figure.legend(loc="outside lower center", ncols=3, frameon=False)
     return figure
 
 
+@styled
 def importances(layers: Mapping[str, Mapping[str, ArrayLike]]) -> Figure:
     """SI's importance against the diagonal of the Hessian, parameter by parameter.
 
@@ -184,19 +184,18 @@ def importances(layers: Mapping[str, Mapping[str, ArrayLike]]) -> Figure:
     Returns:
       A panel a layer, on logarithmic axes: what is not positive is left out.
     """
-    with matplotlib.rc_context(STYLE):
-        size = (2.6 * len(layers), 2.7)
-        figure = Figure(figsize=size, layout="constrained")
-        panels = figure.subplots(1, len(layers), squeeze=False)[0]
-        for panel, (name, found) in zip(panels, layers.items(), strict=True):
-            hessian, omega = (
-                np.asarray(found["Hessian"]),
-                np.asarray(found["importance"]),
-            )
-            drawn = (hessian > 0) & (omega > 0)
-            panel.loglog(hessian[drawn], omega[drawn], ".", markersize=2, alpha=0.5)
-            panel.locator_params(axis="x", numticks=4)
-            panel.set_title(name)
-            panel.set_xlabel("Hessian, diagonal")
-        panels[0].set_ylabel("Ω of Synaptic Intelligence")
+    size = (2.6 * len(layers), 2.7)
+    figure = Figure(figsize=size, layout="constrained")
+    panels = figure.subplots(1, len(layers), squeeze=False)[0]
+    for panel, (name, found) in zip(panels, layers.items(), strict=True):
+        hessian, omega = (
+            np.asarray(found["Hessian"]),
+            np.asarray(found["importance"]),
+        )
+        drawn = (hessian > 0) & (omega > 0)
+        panel.loglog(hessian[drawn], omega[drawn], ".", markersize=2, alpha=0.5)
+        panel.locator_params(axis="x", numticks=4)
+        panel.set_title(name)
+        panel.set_xlabel("Hessian, diagonal")
+    panels[0].set_ylabel("Ω of Synaptic Intelligence")
     return figure

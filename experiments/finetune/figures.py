@@ -3,14 +3,14 @@
 import itertools
 from collections.abc import Mapping, Sequence
 
-import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
 
-from experiments.figures.style import COLOURS, STYLE, error_of, labelled
+from experiments.figures.style import COLOURS, STYLE, error_of, labelled, styled
 
 
+@styled
 def frontier(
     curves: Mapping[str, ArrayLike],
     *,
@@ -37,41 +37,40 @@ def frontier(
       >>> print(len(figure.axes[0].containers))
       2
     """
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(6.2, 4.4), layout="constrained")
-        axes = figure.subplots()
-        styles = itertools.product(("-", "--"), "os^Dvp*X")
-        colours = itertools.cycle([*COLOURS, "navy", "black"])
-        for (name, values), (line, marker), colour in zip(
-            curves.items(), styles, colours, strict=False
-        ):
-            x, y = np.moveaxis(np.asarray(values), -1, 0)
-            axes.errorbar(
-                x.mean(0),
-                y.mean(0),
-                error_of(y),
-                error_of(x),
-                label=labelled(name, np.stack([x, y])),
-                color=colour,
-                marker=marker,
-                linestyle=line,
-                markersize=3.5,
-                capsize=1.5,
-                elinewidth=0.8,
-            )
-        x, y = np.asarray(start).T
+    figure = Figure(figsize=(6.2, 4.4), layout="constrained")
+    axes = figure.subplots()
+    styles = itertools.product(("-", "--"), "os^Dvp*X")
+    colours = itertools.cycle([*COLOURS, "navy", "black"])
+    for (name, values), (line, marker), colour in zip(
+        curves.items(), styles, colours, strict=False
+    ):
+        x, y = np.moveaxis(np.asarray(values), -1, 0)
         axes.errorbar(
-            x.mean(),
-            y.mean(),
+            x.mean(0),
+            y.mean(0),
             error_of(y),
             error_of(x),
-            fmt="k*",
-            markersize=9,
-            label="pretrained",
+            label=labelled(name, np.stack([x, y])),
+            color=colour,
+            marker=marker,
+            linestyle=line,
+            markersize=3.5,
+            capsize=1.5,
+            elinewidth=0.8,
         )
-        axes.axhline(y.mean(), color="0.6", linestyle=":", linewidth=1, zorder=0)
-        axes.set_xlabel(labels[0])
-        axes.set_ylabel(labels[1])
-        figure.suptitle(suptitle or "", fontsize=STYLE["font.size"])
-        figure.legend(loc="outside right center", frameon=False)
+    x, y = np.asarray(start).T
+    axes.errorbar(
+        x.mean(),
+        y.mean(),
+        error_of(y),
+        error_of(x),
+        fmt="k*",
+        markersize=9,
+        label="pretrained",
+    )
+    axes.axhline(y.mean(), color="0.6", linestyle=":", linewidth=1, zorder=0)
+    axes.set_xlabel(labels[0])
+    axes.set_ylabel(labels[1])
+    figure.suptitle(suptitle or "", fontsize=STYLE["font.size"])
+    figure.legend(loc="outside right center", frameon=False)
     return figure

@@ -3,15 +3,15 @@
 import itertools
 from collections.abc import Mapping
 
-import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
 
-from experiments.figures.style import STYLE, colours_of, error_of, labelled
+from experiments.figures.style import STYLE, colours_of, error_of, labelled, styled
 from si_jax import metrics
 
 
+@styled
 def scenarios(
     panels: Mapping[str, Mapping[str, ArrayLike]], *, suptitle: str | None = None
 ) -> Figure:
@@ -37,41 +37,40 @@ def scenarios(
     names = list(dict.fromkeys(name for methods in panels.values() for name in methods))
     markers = dict(zip(names, itertools.cycle("os^DvPX"), strict=False))
     colours = colours_of(names)
-    with matplotlib.rc_context(STYLE):
-        size = (2.3 * len(panels) + 0.3, 2.9)
-        figure = Figure(figsize=size, layout="constrained")
-        axes = figure.subplots(1, len(panels), sharex=True, sharey=True, squeeze=False)
-        lines = {}
-        for panel, (title, methods) in zip(axes[0], panels.items(), strict=True):
-            for name, values in methods.items():
-                matrix, colour = np.asarray(values), colours[name]
-                if matrix.shape[1] == 1 < matrix.shape[2]:
-                    level = matrix.mean()
-                    lines[name] = panel.axhline(level, color="0.4", linestyle="--")
-                    continue
-                curve = np.asarray(metrics.average_accuracy_so_far(matrix))
-                after = np.arange(1, curve.shape[1] + 1)
-                mean, error = curve.mean(0), error_of(curve)
-                (lines[name],) = panel.plot(
-                    after, mean, color=colour, marker=markers[name], markersize=3
-                )
-                band = (mean - error, mean + error)
-                panel.fill_between(after, *band, color=colour, alpha=0.2, linewidth=0)
-                panel.set_xticks(after)
-            panel.set_title(title)
-            panel.set_xlabel("Tasks learned")
-        axes[0, 0].set_ylabel("Average accuracy")
-        axes[0, 0].set_ylim(0, 1.02)
-        figure.suptitle(suptitle or "", fontsize=STYLE["font.size"])
-        every = {
-            name: [np.ravel(of[name]) for of in panels.values() if name in of]
-            for name in names
-        }
-        figure.legend(
-            [lines[name] for name in names],
-            [labelled(name, np.concatenate(values)) for name, values in every.items()],
-            loc="outside lower center",
-            ncols=len(names),
-            frameon=False,
-        )
+    size = (2.3 * len(panels) + 0.3, 2.9)
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(1, len(panels), sharex=True, sharey=True, squeeze=False)
+    lines = {}
+    for panel, (title, methods) in zip(axes[0], panels.items(), strict=True):
+        for name, values in methods.items():
+            matrix, colour = np.asarray(values), colours[name]
+            if matrix.shape[1] == 1 < matrix.shape[2]:
+                level = matrix.mean()
+                lines[name] = panel.axhline(level, color="0.4", linestyle="--")
+                continue
+            curve = np.asarray(metrics.average_accuracy_so_far(matrix))
+            after = np.arange(1, curve.shape[1] + 1)
+            mean, error = curve.mean(0), error_of(curve)
+            (lines[name],) = panel.plot(
+                after, mean, color=colour, marker=markers[name], markersize=3
+            )
+            band = (mean - error, mean + error)
+            panel.fill_between(after, *band, color=colour, alpha=0.2, linewidth=0)
+            panel.set_xticks(after)
+        panel.set_title(title)
+        panel.set_xlabel("Tasks learned")
+    axes[0, 0].set_ylabel("Average accuracy")
+    axes[0, 0].set_ylim(0, 1.02)
+    figure.suptitle(suptitle or "", fontsize=STYLE["font.size"])
+    every = {
+        name: [np.ravel(of[name]) for of in panels.values() if name in of]
+        for name in names
+    }
+    figure.legend(
+        [lines[name] for name in names],
+        [labelled(name, np.concatenate(values)) for name, values in every.items()],
+        loc="outside lower center",
+        ncols=len(names),
+        frameon=False,
+    )
     return figure

@@ -4,15 +4,15 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
 
-from experiments.figures.style import COLOURS, STYLE
+from experiments.figures.style import COLOURS, STYLE, styled
 from si_jax import metrics
 
 
+@styled
 def pairs(
     rows: Mapping[str, Mapping[str, Mapping[str, ArrayLike]]],
     names: Sequence[str],
@@ -32,35 +32,35 @@ def pairs(
     """
     width = 0.36 * len(names)
     columns = max(map(len, rows.values()))
-    with matplotlib.rc_context(STYLE):
-        size = (width * columns + 1.8, width * len(rows) + 1.5)
-        figure = Figure(figsize=size, layout="constrained")
-        panels = figure.subplots(
-            len(rows), columns, squeeze=False, sharex=True, sharey=True
-        )
-        for line, (title, found) in zip(panels, rows.items(), strict=True):
-            for panel, (column, both) in zip(line, found.items(), strict=True):
-                lower = np.tri(len(names), k=-1, dtype=bool)
-                values = np.where(lower, both["rank"], both["linear"])
-                values[np.eye(len(names), dtype=bool)] = np.nan
-                image = panel.imshow(values, vmin=-1, vmax=1, cmap="RdBu_r")
-                for (i, j), value in np.ndenumerate(values):
-                    if i != j:
-                        text = f"{value:.2f}".replace("0.", ".", 1)
-                        colour = "white" if abs(value) > 0.7 else "black"
-                        panel.text(
-                            j, i, text, ha="center", va="center", fontsize=5, c=colour
-                        )
-                panel.set_xticks(range(len(names)), names, rotation=90)
-                panel.set_yticks(range(len(names)), names)
-                panel.set_title(column)
-            line[0].set_ylabel(title)
-        label = "correlation: of ranks below, of values above"
-        figure.colorbar(image, ax=panels, label=label, shrink=0.6)
-        figure.suptitle(suptitle or "", fontsize=STYLE["font.size"])
+    size = (width * columns + 1.8, width * len(rows) + 1.5)
+    figure = Figure(figsize=size, layout="constrained")
+    panels = figure.subplots(
+        len(rows), columns, squeeze=False, sharex=True, sharey=True
+    )
+    for line, (title, found) in zip(panels, rows.items(), strict=True):
+        for panel, (column, both) in zip(line, found.items(), strict=True):
+            lower = np.tri(len(names), k=-1, dtype=bool)
+            values = np.where(lower, both["rank"], both["linear"])
+            values[np.eye(len(names), dtype=bool)] = np.nan
+            image = panel.imshow(values, vmin=-1, vmax=1, cmap="RdBu_r")
+            for (i, j), value in np.ndenumerate(values):
+                if i != j:
+                    text = f"{value:.2f}".replace("0.", ".", 1)
+                    colour = "white" if abs(value) > 0.7 else "black"
+                    panel.text(
+                        j, i, text, ha="center", va="center", fontsize=5, c=colour
+                    )
+            panel.set_xticks(range(len(names)), names, rotation=90)
+            panel.set_yticks(range(len(names)), names)
+            panel.set_title(column)
+        line[0].set_ylabel(title)
+    label = "correlation: of ranks below, of values above"
+    figure.colorbar(image, ax=panels, label=label, shrink=0.6)
+    figure.suptitle(suptitle or "", fontsize=STYLE["font.size"])
     return figure
 
 
+@styled
 def by_batch_size(
     bias: Mapping[str, Mapping[int, ArrayLike]],
     accuracy: Mapping[str, Mapping[int, ArrayLike]],
@@ -85,27 +85,26 @@ def by_batch_size(
         mean = np.array([x.mean() for x in values])
         panel.errorbar(np.array(sizes), mean, error, markersize=4, capsize=2, **style)
 
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(7.0, 3.2), layout="constrained")
-        left, right = figure.subplots(1, 2)
-        for (name, found), marker in zip(bias.items(), itertools.cycle("os^D")):
-            draw(left, found, label=name, color="k", marker=marker, mfc="w")
-        left.legend(frameon=False)
-        left.axhline(0, color="0.6", linewidth=1, zorder=0)
-        left.set_ylabel("share of the bias in Σω")
-        for (name, found), (marker, colour) in zip(
-            accuracy.items(),
-            zip(itertools.cycle("os^DvPX"), COLOURS, strict=False),
-            strict=False,
-        ):
-            draw(right, found, label=name, marker=marker, color=colour)
-        right.set_ylabel("test accuracy after all tasks")
-        sizes = sorted(set().union(*bias.values()))
-        for panel in (left, right):
-            panel.set_xscale("log", base=2)
-            panel.set_xticks(sizes, [str(size) for size in sizes])
-            panel.minorticks_off()
-            panel.set_xlabel("batch size")
-        right.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
-        figure.suptitle(suptitle or "", fontsize=STYLE["font.size"])
+    figure = Figure(figsize=(7.0, 3.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for (name, found), marker in zip(bias.items(), itertools.cycle("os^D")):
+        draw(left, found, label=name, color="k", marker=marker, mfc="w")
+    left.legend(frameon=False)
+    left.axhline(0, color="0.6", linewidth=1, zorder=0)
+    left.set_ylabel("share of the bias in Σω")
+    for (name, found), (marker, colour) in zip(
+        accuracy.items(),
+        zip(itertools.cycle("os^DvPX"), COLOURS, strict=False),
+        strict=False,
+    ):
+        draw(right, found, label=name, marker=marker, color=colour)
+    right.set_ylabel("test accuracy after all tasks")
+    sizes = sorted(set().union(*bias.values()))
+    for panel in (left, right):
+        panel.set_xscale("log", base=2)
+        panel.set_xticks(sizes, [str(size) for size in sizes])
+        panel.minorticks_off()
+        panel.set_xlabel("batch size")
+    right.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.suptitle(suptitle or "", fontsize=STYLE["font.size"])
     return figure
