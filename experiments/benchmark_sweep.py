@@ -13,9 +13,11 @@ import optax
 from tqdm import tqdm
 
 from experiments import split_mnist
-from experiments.engine import command, programs
-from experiments.engine.record import readable, versions
+from experiments.engine import command
+from experiments.engine.run import Problem
 from experiments.engine.tables import aligned
+from experiments.engine.text import readable
+from experiments.engine.versions import versions
 from experiments.training.loop import train
 from si_jax import sweep
 
@@ -96,7 +98,7 @@ def run(config: Config) -> None:
         path.write_text(readable(content))
 
 
-def in_torch(problem: programs.Problem, count: int, epochs: int) -> list[np.ndarray]:
+def in_torch(problem: Problem, count: int, epochs: int) -> list[np.ndarray]:
     """The accuracies of ``count`` runs in PyTorch, one after another."""
     from experiments.networks.torch_si import split_mnist as whole_run
 

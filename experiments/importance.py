@@ -15,8 +15,9 @@ from tqdm import tqdm
 import si_jax
 from experiments import figures, split_mnist
 from experiments.data.tasks import Task, look_up
-from experiments.engine import command, programs
+from experiments.engine import command
 from experiments.engine.record import Record, is_first
+from experiments.engine.run import Problem
 from experiments.engine.tables import aligned
 from experiments.networks.models import MLP
 from experiments.training.loop import epoch_key, init_key
@@ -42,7 +43,7 @@ class Config(split_mnist.Setting):
         self.check(positive=("damping",), at_least_1=("seeds", "examples"))
 
 
-def measure(config: Config, problem: programs.Problem, seed: int) -> dict[str, Any]:
+def measure(config: Config, problem: Problem, seed: int) -> dict[str, Any]:
     """Train on the first task; each kernel's importances at its end.
 
     The logits of a ReLU net are piecewise linear in any one parameter, so that the

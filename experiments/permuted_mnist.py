@@ -16,10 +16,17 @@ from matplotlib.figure import Figure
 import si_jax
 from experiments import data, figures
 from experiments.data import tasks
-from experiments.engine import command, driver, programs
-from experiments.engine.driver import Method
-from experiments.engine.record import Record, is_first, summarize
-from experiments.engine.tables import aligned, cell, over_seeds, seeds_row
+from experiments.engine import command, driver
+from experiments.engine.measures import summarize
+from experiments.engine.record import Record, is_first
+from experiments.engine.run import Label, Problem, Run, at_once
+from experiments.engine.tables import (
+    aligned,
+    cell,
+    methods_of,
+    over_seeds,
+    seeds_row,
+)
 from experiments.networks.models import MLP
 from experiments.split_mnist import NAMES, check_strengths
 from experiments.training.boundaries import consolidate, consolidate_fisher
@@ -138,7 +145,7 @@ def make_learner(
     return make
 
 
-def make_problem(config: Config) -> programs.Problem:
+def make_problem(config: Config) -> Problem:
     """The tasks, one after the other."""
     digits = data.load("mnist", config.data, config.data_dir)
     digits = data.hold_out(digits, config.held_out)
@@ -147,13 +154,13 @@ def make_problem(config: Config) -> programs.Problem:
         for examples in (digits.train, digits.test)
     )
     evaluated = tasks.first(train, TRAIN_EVALUATED)
-    return programs.Problem(
+    return Problem(
         digits.train, digits.test, evaluated, test, train, permutations=config.tasks
     )
 
 
-def methods(config: Config) -> dict[str, Method]:
-    """What the configuration compares, by name."""
+def runs(config: Config) -> list[Run]:
+    """What the configuration compares."""
     adam, sgd = optax.adam(config.learning_rate), optax.sgd(config.sgd_learning_rate)
 
     def synaptic(strength, damping):
@@ -167,32 +174,43 @@ def methods(config: Config) -> dict[str, Method]:
     make = functools.partial(make_learner, config)
     of_si = make(synaptic, boundary=[consolidate], remember=True)  # ω for Fig. 5
     fisher = consolidate_fisher(MLP(config.hidden, 10), config.fisher_examples)
-    found: dict[str, Method] = {}
+    problem = functools.cache(lambda: make_problem(config))
+
+    def arm(
+        learner: Callable[..., Learner],
+        c: float | None = None,
+        problem: Callable[[], Problem] = problem,
+    ) -> Run:
+        hyperparameters = {"strength": c or 0.0, "damping": config.damping}
+        label, seeds = Label(method, c), range(config.seeds)
+        return Run(label, learner, problem, seeds, config.epochs, hyperparameters)
+
+    arms: list[Run] = []
     for method in config.methods:
         match method:
             case "si":
-                arms = {f"si c={c:g}": Method(of_si, c) for c in config.strengths}
+                arms += [arm(of_si, c) for c in config.strengths]
             case "fine-tuning":
-                arms = {method: Method(of_si)}
+                arms += [arm(of_si)]
             case "ewc":
                 of_ewc = make(elastic, boundary=[fisher])
-                arms = {f"ewc c={c:g}": Method(of_ewc, c) for c in config.ewc_strengths}
+                arms += [arm(of_ewc, c) for c in config.ewc_strengths]
             case "sgd":
-                arms = {method: Method(make(lambda *_: sgd))}
+                arms += [arm(make(lambda *_: sgd))]
             case "sgd+dropout":
-                of_dropout = make(lambda *_: sgd, dropout=config.dropout)
-                arms = {method: Method(of_dropout)}
+                arms += [arm(make(lambda *_: sgd, dropout=config.dropout))]
             case "joint":
-                of_all = Method(make(lambda *_: adam), learns=programs.all_at_once)
-                arms = {method: of_all}
+                joint = functools.partial(at_once, problem)
+                arms += [arm(make(lambda *_: adam), problem=joint)]
             case "single":
-                arms = {method: Method(make(lambda *_: adam), learns=only_the_first)}
-        found |= arms
-    return found
+                first = functools.partial(only_the_first, problem)
+                arms += [arm(make(lambda *_: adam), problem=first)]
+    return arms
 
 
-def only_the_first(problem: programs.Problem) -> programs.Problem:
-    """The first task alone."""
+def only_the_first(make: Callable[[], Problem]) -> Problem:
+    """A problem's first task alone."""
+    problem = make()
     train, test, stages = (
         jax.tree.map(lambda x: x[:1], stack)
         for stack in (problem.train_tasks, problem.test_tasks, problem.stages)
@@ -206,12 +224,12 @@ def run(config: Config) -> None:
     """Run every method that is not finished, then print and draw all of them."""
     folder = f"{config.data}-held-out" if config.held_out else config.data
     record = Record("permuted_mnist", config, default=folder)
-    driver.run_methods(config, methods(config), make_problem, record, summary)
+    driver.run_all(runs(config), record, summary)
     if is_first():
         report(config, record)
 
 
-def summary(_: str, run: dict[str, Any]) -> dict[str, Any]:
+def summary(run: dict[str, Any]) -> dict[str, Any]:
     """The usual measures; of ω, how each task's correlates with those before."""
     found = summarize(run)
     if "correlations" in run:
@@ -334,6 +352,7 @@ def figure(
         so_far(runs),
         **controls,
         published=published,
+        methods=methods_of(runs),
         suptitle=f"Permuted {name}\ntest accuracy, {over_seeds(runs)}",
     )
 

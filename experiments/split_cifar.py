@@ -13,10 +13,17 @@ from matplotlib.figure import Figure
 import si_jax
 from experiments import data, figures
 from experiments.data import tasks
-from experiments.engine import command, driver, programs
-from experiments.engine.driver import Method
-from experiments.engine.record import Record, is_first, statistics, summarize
-from experiments.engine.tables import aligned, cell, over_seeds, seeds_row
+from experiments.engine import command, driver
+from experiments.engine.measures import statistics, summarize
+from experiments.engine.record import Record, is_first
+from experiments.engine.run import Label, Problem, Run
+from experiments.engine.tables import (
+    aligned,
+    cell,
+    methods_of,
+    over_seeds,
+    seeds_row,
+)
 from experiments.networks.models import CNN
 from experiments.split_mnist import check_strengths
 from experiments.training.boundaries import consolidate, reset
@@ -101,7 +108,7 @@ def titles(config: Config) -> list[str]:
     return ["CIFAR-10", *(f"CIFAR-100\n{k}–{k + 9}" for k in range(0, 50, 10))]
 
 
-def make_problem(config: Config) -> programs.Problem:
+def make_problem(config: Config) -> Problem:
     """The tasks, one after the other."""
     images = data.load("cifar10", data_dir=config.data_dir)
     if config.data == "cifar10-100":
@@ -114,7 +121,7 @@ def make_problem(config: Config) -> programs.Problem:
     )
     if config.examples:
         train, test = (tasks.first(x, config.examples) for x in (train, test))
-    return programs.Problem(
+    return Problem(
         images.train, images.test, tasks.first(train, TRAIN_EVALUATED), test, train
     )
 
@@ -139,17 +146,29 @@ def make_learner(config: Config) -> Callable[..., Learner]:
     return make
 
 
-def methods(config: Config) -> dict[str, Method]:
-    """What the configuration compares, by name."""
-    # Two thirds of a run are the first task, CIFAR-10.
-    arm = functools.partial(Method, make_learner(config), first_task="first task")
-    found: dict[str, Method] = {}
-    for method in config.methods:
-        if method == "si":
-            found |= {f"si c={c:g}": arm(strength=c) for c in config.strengths}
-        else:
-            found[method] = arm(from_scratch=method == "from scratch")
-    return found
+def runs(config: Config) -> list[Run]:
+    """What the configuration compares."""
+    make = make_learner(config)
+    problem = functools.cache(lambda: make_problem(config))
+
+    def arm(method: Name, c: float | None = None) -> Run:
+        return Run(
+            Label(method, c),
+            make,
+            problem,
+            range(config.seeds),
+            config.epochs,
+            {"strength": c or 0.0, "damping": config.damping},
+            from_scratch=method == "from scratch",
+            first_task="first task",  # two thirds of a run: CIFAR-10
+        )
+
+    strengths = {"si": config.strengths}
+    return [
+        arm(method, c)
+        for method in config.methods
+        for c in strengths.get(method, (None,))
+    ]
 
 
 def run(config: Config) -> None:
@@ -159,25 +178,25 @@ def run(config: Config) -> None:
     folder += "-keep-count" * config.keep_count
     folder += "-bfloat16" * (config.compute == "bfloat16")
     record = Record("split_cifar", config, default=folder)
-    driver.run_methods(config, methods(config), make_problem, record, summary)
+    driver.run_all(runs(config), record, summary)
     if is_first():
         report(config, record)
 
 
-def summary(method: str, run: dict[str, Any]) -> dict[str, Any]:
+def summary(run: dict[str, Any]) -> dict[str, Any]:
     """The usual measures; of nets from scratch, the mean accuracy on their own task."""
-    if method != "from scratch":
+    if run["method"] != "from scratch":
         return summarize(run)
     return {
-        split: {"average_accuracy": statistics(final(run, method, split).mean(1))}
+        split: {"average_accuracy": statistics(final(run, split).mean(1))}
         for split in ("test", "train")
     }
 
 
-def final(run: dict[str, Any], method: str, split: str) -> np.ndarray:
+def final(run: dict[str, Any], split: str) -> np.ndarray:
     """``(seeds, tasks)``: after all tasks, or each right after training on it alone."""
     matrix = np.asarray(run[split])
-    if method == "from scratch":
+    if run["method"] == "from scratch":
         return np.diagonal(matrix, axis1=1, axis2=2)
     return matrix[:, -1]
 
@@ -219,7 +238,7 @@ def table(
         columns = [[method, *column] for method, column in cells.items()]
         return [*zip([name, *rows], *columns, strict=True)]
 
-    values = {method: final(run, method, split) for method, run in runs.items()}
+    values = {method: final(run, split) for method, run in runs.items()}
     cells = {k: [*map(cell, x.T), cell(x.mean(1))] for k, x in values.items()}
     blocks = [aligned([*block("", cells), *seeds_row(runs)])]
     scratch = values.pop("from scratch", None)
@@ -240,7 +259,7 @@ def table(
 def figure(runs: dict[str, Any], config: Config) -> Figure:
     """Fig. 6 of the finished methods."""
     bars = {
-        label: {method: final(run, method, split) for method, run in runs.items()}
+        label: {method: final(run, split) for method, run in runs.items()}
         for label, split in (
             ("Validation accuracy", "test"),
             ("Training accuracy", "train"),
@@ -253,6 +272,7 @@ def figure(runs: dict[str, Any], config: Config) -> Figure:
         titles(config),
         chance=1 / len(groups(config)[0]),
         published=published(config),
+        methods=methods_of(runs),
         suptitle=f"Split {shown} after all tasks, {reset}, " + over_seeds(runs, "SD"),
     )
 

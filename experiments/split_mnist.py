@@ -1,6 +1,7 @@
 """Split MNIST, the paper's Fig. 3: ``python -m experiments.split_mnist``."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, ClassVar, Literal
@@ -12,10 +13,10 @@ from matplotlib.figure import Figure
 import si_jax
 from experiments import data, figures
 from experiments.data import tasks
-from experiments.engine import command, driver, programs
-from experiments.engine.driver import Method
+from experiments.engine import command, driver
 from experiments.engine.record import Record, is_first
-from experiments.engine.tables import over_seeds, table
+from experiments.engine.run import Label, Problem, Run
+from experiments.engine.tables import methods_of, over_seeds, table
 from experiments.networks.models import MLP
 from experiments.training.boundaries import consolidate, reset
 from experiments.training.classifier import learner
@@ -91,16 +92,24 @@ def check_strengths(name: str, strengths: tuple[float, ...]) -> None:
         raise ValueError(f"{name} must be one or more, and differ: {strengths}")
 
 
-def methods(config: Config) -> dict[str, Method]:
-    """What the configuration compares, by name."""
+def runs(config: Config) -> list[Run]:
+    """What the configuration compares."""
+    problem = functools.cache(lambda: make_problem(config))
+
+    def arm(label: Label, learner: Callable[..., Learner], c: float = 0.0) -> Run:
+        hyperparameters = {"strength": c, "damping": config.damping}
+        seeds = range(config.seeds)
+        return Run(label, learner, problem, seeds, config.epochs, hyperparameters)
+
     adam = make_learner(config, optax.adam(config.learning_rate))
-    arms = {
-        f"si c={c:g}" if c else "fine-tuning": Method(adam, c) for c in config.strengths
-    }
+    arms = [
+        arm(Label("si", c) if c else Label("fine-tuning"), adam, c)
+        for c in config.strengths
+    ]
     if config.sgd_learning_rate:
         plain = dataclasses.replace(config, keep_count=False)  # SGD has no count
         sgd = make_learner(plain, optax.sgd(config.sgd_learning_rate))
-        arms["sgd"] = Method(sgd)
+        arms.append(arm(Label("sgd"), sgd))
     return arms
 
 
@@ -126,11 +135,11 @@ def make_learner(
     return make
 
 
-def make_problem(config: Setting, held_out: float = 0.0) -> programs.Problem:
+def make_problem(config: Setting, held_out: float = 0.0) -> Problem:
     """The five tasks, tested on a part of the training set if it is held out."""
     digits = data.load("mnist", config.data, config.data_dir)
     digits = data.hold_out(digits, held_out)
-    return programs.Problem(
+    return Problem(
         digits.train,
         digits.test,
         tasks.split_classes(digits.train.labels, GROUPS, digits.classes),
@@ -142,7 +151,7 @@ def run(config: Config) -> None:
     """Run every method that is not finished, then print and draw all of them."""
     folder = config.data + "-keep-count" * config.keep_count
     record = Record("split_mnist", config, default=folder)
-    driver.run_methods(config, methods(config), make_problem, record)
+    driver.run_all(runs(config), record)
     if is_first():
         report(config, record)
 
@@ -168,6 +177,7 @@ def figure(runs: dict[str, Any], name: str) -> Figure:
         {method: run["test"] for method, run in runs.items()},
         TITLES,
         chance=0.5,
+        methods=methods_of(runs),
         suptitle=f"Split {name}, test accuracy, {over_seeds(runs)}",
     )
 

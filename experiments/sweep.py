@@ -9,11 +9,14 @@ from matplotlib.figure import Figure
 
 from experiments import figures, split_mnist
 from experiments.engine import command, driver
-from experiments.engine.record import Record, is_first, summarize
-from experiments.engine.tables import best, number, table
+from experiments.engine.choice import choose
+from experiments.engine.measures import summarize
+from experiments.engine.record import Record, is_first
+from experiments.engine.run import Label, Run
+from experiments.engine.tables import number, table
 from si_jax import metrics
 
-GRID = "grid"
+GRID = Label("grid")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,45 +48,32 @@ class Config(split_mnist.Setting):
             raise ValueError(f"dampings must be > 0, got {self.dampings}")
 
 
-def choose(accuracy: np.ndarray) -> tuple[int, int]:
-    """The point of the best mean: ``(seeds, strengths, dampings)`` to two indices.
-
-    None of whose seeds diverged.
-    """
-    mean = accuracy.mean(axis=0)
-    strength, damping = np.unravel_index(best(mean, "the grid"), mean.shape)
-    return int(strength), int(damping)
-
-
 def run(config: Config) -> None:
     """Run the grid, choose, and run the choice; what is finished is not repeated."""
     record = Record("sweep", config, default=config.data)
-    make_learner = split_mnist.make_learner(config, optax.adam(config.learning_rate))
-    held_out = driver.run_grid(
-        config,
+    grid = Run(
         GRID,
-        make_learner,
+        split_mnist.make_learner(config, optax.adam(config.learning_rate)),
         lambda: split_mnist.make_problem(config, config.held_out),
-        record,
         range(config.seeds),
-        {"strength": config.strengths, "damping": config.dampings},
+        config.epochs,
+        {},
     )
+    axes = {"strength": config.strengths, "damping": config.dampings}
+    held_out = driver.run_grid(grid, axes, record)
     accuracy = np.asarray(metrics.average_accuracy(held_out))
-    chosen = choose(accuracy)
-    strength, damping = config.strengths[chosen[0]], config.dampings[chosen[1]]
-    choice = f"si c={strength:g} ξ={damping:g}"
-    driver.run_grid(
-        config,
-        choice,
-        make_learner,
-        lambda: split_mnist.make_problem(config),
-        record,
-        range(config.seeds, 2 * config.seeds),
-        {"strength": [strength], "damping": [damping]},
-        summarize,
+    i, j = choose(accuracy)
+    strength, damping = config.strengths[i], config.dampings[j]
+    choice = dataclasses.replace(
+        grid,
+        label=Label("si", strength, damping),
+        problem=lambda: split_mnist.make_problem(config),
+        seeds=range(config.seeds, 2 * config.seeds),
     )
+    axes = {"strength": (strength,), "damping": (damping,)}
+    driver.run_grid(choice, axes, record, summarize)
     if is_first():
-        report(config, record, accuracy, chosen, choice)
+        report(config, record, accuracy, (i, j), choice.name)
 
 
 def report(

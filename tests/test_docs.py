@@ -26,6 +26,7 @@ from experiments.benchmark import findings as benchmark
 from experiments.engine import command
 from experiments.engine.choice import choose
 from experiments.engine.record import Record
+from experiments.engine.run import with_fields
 from experiments.engine.tables import table
 from experiments.finetune import config as finetune_config
 from experiments.finetune import findings as finetune
@@ -88,7 +89,8 @@ def test_the_notebook_is_made_of_the_page():
 
 
 def record(name):
-    return json.loads((ROOT / f"experiments/results/{name}.json").read_text())
+    content = json.loads((ROOT / f"experiments/results/{name}.json").read_text())
+    return content | {"runs": with_fields(content.get("runs", {}))}
 
 
 def test_numbers_are_the_records():
@@ -234,7 +236,7 @@ def test_permuted_mnist_is_the_record():
 
 def after_all_tasks(shown, split):
     """``(seeds, tasks)`` by method of a record of split CIFAR."""
-    return {k: split_cifar.final(x, k, split) for k, x in shown["runs"].items()}
+    return {k: split_cifar.final(x, split) for k, x in shown["runs"].items()}
 
 
 def test_split_cifar_is_the_records():
@@ -407,7 +409,7 @@ def test_a_record_is_what_its_command_makes(
     config = dataclasses.replace(config, out=tmp_path)
     (tmp_path / "results.json").write_text(json.dumps(record(name)))
     kept = Record(module, config)
-    methods = experiment.methods(config)
+    methods = [run.name for run in experiment.runs(config)]
     assert set(methods) == set(kept.runs)
     assert not any(kept.missing(method, config.seeds) for method in methods)
 
@@ -545,7 +547,7 @@ def test_the_small_split_cifar_shows_figure_6():
     )
     assert f"takes {with_si} with SI and {without} without" in text
     with_si, without = (
-        split_cifar.final(runs[method], method, "test").mean(0)
+        split_cifar.final(runs[method], "test").mean(0)
         for method in (ours, "fine-tuning")
     )
     assert with_si.mean() > without.mean() + 0.04
@@ -554,7 +556,7 @@ def test_the_small_split_cifar_shows_figure_6():
     assert kept["config"] == quick["config"] | {"keep_count": True}
     assert split_cifar.table(kept["runs"], "test", titles) in text
     kept_si, kept_without = (
-        split_cifar.final(kept["runs"][method], method, "test").mean(0)
+        split_cifar.final(kept["runs"][method], "test").mean(0)
         for method in (ours, "fine-tuning")
     )
     assert kept_si.mean() > kept_without.mean() + 0.1
@@ -678,7 +680,7 @@ def test_fine_tuning_is_the_record():
     assert np.isnan([most["lora"], most["lora si"]]).all()
 
     third = {
-        name: np.array(runs[of_third(arm)]["test"])[:, -1].mean(0)
+        name: np.array(runs[str(of_third(arm))]["test"])[:, -1].mean(0)
         for name, (arm, _) in finetune.choose(config, runs).items()
     }
     mean = {name: losses.mean() for name, losses in third.items()}
@@ -854,16 +856,16 @@ def test_why_si_works_on_all_of_mnist_is_the_record():
 
     ends = []
     for name in why_config.Config().importances:
-        if grid := runs.get(why.grid_name(2048, name)):
+        if grid := runs.get(str(why.grid(2048, name))):
             accuracy = np.reshape(average_accuracy(grid["test"]), (1, -1))
-            ends.append(choose(accuracy) == 0)
+            ends.append(choose(accuracy) == (0,))
             if name in ("si", "l2"):
                 title = {"si": "SI", "l2": "L2"}[name]
                 of_choice = np.mean(forgetting(grid["test"][0]))
                 of_tests = np.mean(forgetting(found.tested[2048, name]["test"]))
                 assert f"{title} {of_tests:.3f} and {of_choice:.3f}" in text
     assert (sum(ends), len(ends)) == (7, 9)
-    accuracy = average_accuracy(runs[why.grid_name(256, "unbiased")]["test"])
+    accuracy = average_accuracy(runs[str(why.grid(256, "unbiased"))]["test"])
     assert np.argmax(accuracy) == len(why_config.Config().pulls) - 1
 
     rank = importance_ranks(found.measured, "si")

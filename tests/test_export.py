@@ -12,6 +12,7 @@ import pytest
 from experiments.engine import export
 from experiments.engine.command import Options, UserError
 from experiments.engine.record import Record
+from experiments.engine.run import Label
 
 MATRIX = np.array([[[1.0, 0.5], [0.75, 1.0]], [[1.0, 0.5], [0.25, 1.0]]])
 RUN = {"test": MATRIX, "train": MATRIX / 2, "initial": MATRIX[:, 0] / 4, "seconds": 1.5}
@@ -28,7 +29,7 @@ def test_every_observation_is_a_row():
     second = {
         (x["split"], x["measure"], x["after"], x["task"]): float(x["value"])
         for x in found
-        if (x["method"], x["seed"]) == ("si c=1", "1")
+        if (x["name"], x["seed"]) == ("si c=1", "1")
     }
     assert second["test", "accuracy", "0", "2"] == 0.125
     assert second["test", "accuracy", "2", "1"] == 0.25
@@ -40,6 +41,13 @@ def test_every_observation_is_a_row():
     assert second["test", "forward_transfer", "", ""] == 0.375
 
 
+def test_what_a_run_is_stands_in_columns():
+    label = Label("si", 100.0, scenario="class", batch_size=64)
+    (row, *_) = rows(export.tidy({str(label): label.fields() | RUN}))
+    wanted = ("class: batch 64: si c=100", "si", "100.0", "", "class", "64", "")
+    assert tuple(row[k] for k in ("name", *export.FIELDS)) == wanted
+
+
 def test_a_single_stage_has_no_measures_of_order():
     joint = {"test": MATRIX[:, 1:], "train": MATRIX[:, 1:]}
     measures = {row["measure"] for row in rows(export.tidy({"joint": joint}))}
@@ -49,9 +57,10 @@ def test_a_single_stage_has_no_measures_of_order():
 def test_a_grid_names_its_points():
     points = {"seed": [7, 7], "strength": [1.0, 100.0], "damping": [0.1, 0.1]}
     found = rows(export.tidy({"grid": RUN | {"points": points}}))
-    assert {(row["method"], row["seed"]) for row in found} == {
-        ("grid, strength=1, damping=0.1", "7"),
-        ("grid, strength=100, damping=0.1", "7"),
+    columns = ("name", "strength", "damping", "scenario", "seed")
+    assert {tuple(row[k] for k in columns) for row in found} == {
+        ("grid", "1.0", "0.1", "", "7"),
+        ("grid", "100.0", "0.1", "", "7"),
     }
 
 

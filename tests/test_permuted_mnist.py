@@ -81,8 +81,8 @@ def test_every_method_runs_and_more_can_be_added(config, tmp_path, capsys, monke
 
 def test_the_state_is_as_narrow_as_it_is_asked_to_be(config, tmp_path):
     narrow = config(tmp_path, methods=("si",), state_dtype="bfloat16")
-    (method,) = permuted_mnist.methods(narrow).values()
-    carry = jax.eval_shape(method.make_learner(0.1, 0.1).init, jax.random.key(0))
+    (run,) = permuted_mnist.runs(narrow)
+    carry = jax.eval_shape(run.make_learner(0.1, 0.1).init, jax.random.key(0))
     _, *held = si_jax.synapses(carry.opt_state)
     assert {str(x.dtype) for x in jax.tree.leaves(held)} == {"bfloat16"}
 

@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 
 from experiments import permuted_mnist, split_cifar
-from experiments.engine.record import count
+from experiments.engine.measures import count
+from experiments.engine.run import with_fields
 from experiments.engine.tables import cell
 from si_jax.metrics import average_accuracy
 
@@ -18,13 +19,14 @@ CIFAR = "[Split CIFAR-10/100](docs/experiments.md#split-cifar-10100-fig-6), 6 ta
 
 
 def record(name):
-    return json.loads((ROOT / f"experiments/results/{name}.json").read_text())
+    content = json.loads((ROOT / f"experiments/results/{name}.json").read_text())
+    return content | {"runs": with_fields(content.get("runs", {}))}
 
 
 def averages(name, split="test"):
     """By method ``(seeds,)``: accuracy averaged over the tasks, after all of them."""
     return {
-        method: split_cifar.final(run, method, split).mean(1)
+        method: split_cifar.final(run, split).mean(1)
         if method == "from scratch"
         else np.asarray(average_accuracy(run[split]))
         for method, run in record(name)["runs"].items()

@@ -12,9 +12,14 @@ import numpy as np
 import pytest
 
 from experiments import figures
+from experiments.engine.choice import choose
 from experiments.engine.command import Options, UserError
-from experiments.engine.record import Record, statistics, summarize, versions
-from experiments.engine.tables import aligned, best, cell, number, over_seeds, table
+from experiments.engine.export import FIELDS
+from experiments.engine.measures import statistics, summarize
+from experiments.engine.record import Record
+from experiments.engine.run import Label, with_fields
+from experiments.engine.tables import aligned, cell, number, over_seeds, table
+from experiments.engine.versions import versions
 from experiments.figures.style import STYLE
 
 MATRIX = np.array([[[1.0, 0.5], [0.75, 1.0]], [[1.0, 0.5], [0.25, 1.0]]])
@@ -247,7 +252,7 @@ def test_a_run_that_diverged_is_marked_and_comes_back_as_it_was(tmp_path):
         "diverged": 1,
     }
     assert written["summary"]["si"]["train"] == written["summary"]["sgd"]["train"]
-    assert "si,1,test,average_accuracy,,,NaN" in (tmp_path / "results.csv").read_text()
+    assert ",1,test,average_accuracy,,,NaN" in (tmp_path / "results.csv").read_text()
 
     again = Record("e", Config(out=tmp_path))
     np.testing.assert_array_equal(again.runs["si"]["test"], GONE)
@@ -264,10 +269,10 @@ def test_where_all_seeds_diverged_there_is_one_word():
 
 
 def test_what_diverged_is_never_the_best():
-    assert best([np.nan, 0.1, 0.3, np.inf], "si") == 2
-    assert best([[np.nan, 0.1], [np.nan, -0.3]], "si") == 1
+    assert choose([[np.nan, 0.1, 0.3, np.inf]], "si") == (2,)
+    assert choose([[[np.nan, 0.1], [np.nan, -0.3]]], "si") == (0, 1)
     with pytest.raises(UserError, match="si diverged in all that was tried"):
-        best([np.nan, np.nan], "si")
+        choose([[np.nan, np.nan]], "si")
 
 
 def test_numbers_have_six_digits_however_small_or_large(tmp_path):
@@ -289,13 +294,17 @@ def test_numbers_have_six_digits_however_small_or_large(tmp_path):
     sorted((Path(__file__).parent.parent / "experiments/results").glob("*.json")),
 )
 def test_committed_records_are_read_and_written_as_they_are(path, tmp_path):
+    """Where runs have no fields, their names have them."""
     content = strict(path.read_text())
+    runs = with_fields(content.get("runs", {}))
+    for name, run in runs.items():
+        if "method" in run:
+            assert str(Label(**{k: run[k] for k in FIELDS if k in run})) == name
     record = Record("e", Config(out=tmp_path))
-    record.content["runs"] = content.get("runs", {})
+    record.content["runs"] = runs
     record.note("name", 1.0)
-    runs = json.loads((tmp_path / "results.json").read_text())["runs"]
-    assert runs == content.get("runs", {})
-    assert Record("e", Config(out=tmp_path)).runs == content.get("runs", {})
+    assert json.loads((tmp_path / "results.json").read_text())["runs"] == runs
+    assert Record("e", Config(out=tmp_path)).runs == runs
 
 
 def test_a_run_that_went_on_under_other_versions_names_both(tmp_path, monkeypatch):

@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 
 from experiments.data.tasks import look_up, mask_logits
-from experiments.engine import command, programs
+from experiments.engine import command
 from experiments.engine.choice import GRID_SEEDS, choose
 from experiments.engine.command import UserError
+from experiments.engine.programs import Pieces
+from experiments.engine.run import Label, Run, with_fields
 from experiments.networks.models import MLP
 from experiments.scenarios import __main__ as scenarios
 from experiments.scenarios import figures, findings, methods
@@ -133,9 +135,8 @@ def test_outputs_of_all_tasks_so_far_are_evaluated_where_the_problem_grows(make_
 
     def active(scenario, stage):
         seen = in_scenario(scenario, problem)
-        pieces = programs.compile_pieces(make, seen, 1)
-        own = pieces.to_devices((np.zeros(1, np.uint32), {}))
-        return pieces.evaluate(pieces.init(own), own, "test", stage)[0].tolist()
+        pieces = Pieces(Run(Label("si"), make, lambda: seen, [0], 1, {}))
+        return pieces.evaluate(pieces.init(), "test", stage)[0].tolist()
 
     assert active("class", -1) == [2, 4, 6, 8, 10]
     assert active("class", 2) == [6, 6, 6, 8, 10]
@@ -189,9 +190,9 @@ def test_the_methods_hold_what_they_say(make_config):
 
 def test_the_best_mean_is_chosen_and_starred(make_config):
     accuracy = np.array([[0.5, 0.9, 0.1], [0.5, 0.3, 0.1]])
-    assert choose(accuracy) == 1
+    assert choose(accuracy) == (1,)
     test = accuracy[:, :2].reshape(4, 1, 1)
-    grid = {findings.grid_name("domain", "si"): {"test": test}}
+    grid = {"domain: si, grid": {"test": test}}
     lines = findings.choice_table(make_config(grid_seeds=2), grid).splitlines()
     assert [line.split() for line in lines] == [
         ["domain"],
@@ -202,8 +203,8 @@ def test_the_best_mean_is_chosen_and_starred(make_config):
 
 def test_a_strength_at_which_a_seed_diverged_is_not_chosen(make_config):
     accuracy = np.array([[0.5, 0.9], [0.5, np.nan]])
-    assert choose(accuracy) == 0
-    grid = {findings.grid_name("domain", "si"): {"test": accuracy.reshape(4, 1, 1)}}
+    assert choose(accuracy) == (0,)
+    grid = {"domain: si, grid": {"test": accuracy.reshape(4, 1, 1)}}
     lines = findings.choice_table(make_config(grid_seeds=2), grid).splitlines()
     assert [line.split()[-1] for line in lines[1:]] == ["0.5000*", "diverged"]
     with pytest.raises(UserError, match="domain: si, grid diverged in all"):
@@ -218,7 +219,9 @@ def test_seeds_are_counted_in_every_scenario(capsys):
         for scenario, n in (("task", 10), ("domain", 3), ("class", 3))
     }
     record = SimpleNamespace(
-        runs=runs, folder="there", save=lambda _, figure: shown.append(figure)
+        runs=with_fields(runs),
+        folder="there",
+        save=lambda _, figure: shown.append(figure),
     )
     findings.report(Config(), record)
     said = capsys.readouterr().out
@@ -234,6 +237,7 @@ def test_tables_have_a_row_a_method():
         "si c=1": {"test": matrix, "initial": matrix[:, 0] / 2},
         "joint": {"test": np.array([[[1.0, 1.0]]])},
     }
+    runs = with_fields(runs)
     lines = findings.measures_table(runs).splitlines()
     assert lines[1].split()[2:] == [
         *("0.6250", "0.8750", "0.5000", "-0.5000", "0.2500", "0.1250"),

@@ -12,6 +12,7 @@ import pytest
 import si_jax
 from experiments import figures, split_cifar
 from experiments.engine import command
+from experiments.engine.run import with_fields
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +110,7 @@ def test_table_says_what_is_gained_on_a_net_from_scratch():
     after = np.array([[[0.8, 0.1], [0.6, 0.7]], [[0.8, 0.1], [0.8, 0.7]]])
     alone = np.array([[[0.7, 0.1], [0.1, 0.5]]] * 2)
     runs = {"si c=1": {"test": after}, "from scratch": {"test": alone}}
-    text = split_cifar.table(runs, "test", ["one\ntwo", "three"])
+    text = split_cifar.table(with_fields(runs), "test", ["one\ntwo", "three"])
     accuracies, gains = (x.splitlines() for x in text.split("\n\n"))
     assert accuracies[0].split() == ["si", "c=1", "from", "scratch"]
     assert [row[:7].strip() for row in accuracies[1:]] == ["one two", "three", "mean"]
@@ -120,7 +121,7 @@ def test_table_says_what_is_gained_on_a_net_from_scratch():
         "+0.1000 ± 0.0500",
     ]
     runs["from scratch"] = {"test": alone[:1]}
-    rows = split_cifar.table(runs, "test", ["one", "two"]).splitlines()
+    rows = split_cifar.table(with_fields(runs), "test", ["one", "two"]).splitlines()
     assert rows[-1].split() == ["mean", "+0.0500"], "of the seed that both have"
 
 
@@ -151,7 +152,7 @@ def test_the_authors_data_stand_beside_a_run_of_their_length():
     }
     for other in ({"epochs": 3}, {"examples": 9}, {"data": "cifar10"}):
         assert split_cifar.published(split_cifar.Config(**other)) == {}
-    run = {"test": np.full((1, 6, 6), 0.5)}
+    run = {"method": "fine-tuning", "test": np.full((1, 6, 6), 0.5)}
     titles = split_cifar.titles(split_cifar.Config())
     text = split_cifar.table({"fine-tuning": run}, "test", titles, theirs)
     ours, authors = (x.splitlines() for x in text.split("\n\n"))

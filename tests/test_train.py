@@ -16,9 +16,10 @@ import si_jax
 from experiments.data import tasks
 from experiments.data.datasets import Examples
 from experiments.data.tasks import mask_logits
-from experiments.engine import driver, programs, progress
+from experiments.engine import driver, progress
 from experiments.engine.command import Options, UserError
 from experiments.engine.record import Record
+from experiments.engine.run import Label, Problem, Run
 from experiments.networks.models import MLP
 from experiments.training.boundaries import consolidate, consolidate_fisher, reset
 from experiments.training.classifier import learner
@@ -214,19 +215,22 @@ def test_vmap_and_pmap_equal_single_runs(single):
         agree(together.test, together.train, together.epochs.loss, single)
 
 
+PROBLEM = Problem(TRAIN, TEST, TRAIN_TASKS, TEST_TASKS)
+
+
+def a_run(make, *, seeds=(0,), epochs=EPOCHS, method="si", problem=PROBLEM, **settings):
+    """With the hyperparameters among the settings."""
+    own = {field.name for field in dataclasses.fields(Run)}
+    values = {k: x for k, x in settings.items() if k not in own}
+    settings = {k: x for k, x in settings.items() if k in own}
+    label = Label(method)
+    return Run(label, make, lambda: problem, seeds, epochs, values, **settings)
+
+
 @pytest.mark.parametrize("max_parallel", [1, 2])
 def test_the_driver_equals_single_runs(max_parallel, tmp_path, single):
-    options = Options(out=tmp_path, max_parallel=max_parallel)
-    problem = programs.Problem(TRAIN, TEST, TRAIN_TASKS, TEST_TASKS)
-    result = progress.run(
-        programs.compile_pieces(make, problem, 3, max_parallel),
-        {"strength": [0.3] * 3},
-        range(3),
-        epochs=EPOCHS,
-        method="si",
-        record=Record("blobs", options),
-        options=options,
-    )
+    record = Record("blobs", Options(out=tmp_path, max_parallel=max_parallel))
+    result = progress.results(a_run(make, seeds=range(3), strength=0.3), record)
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     loss = np.stack([json.loads(line)["loss"] for line in lines], axis=1)
     agree(result["test"], result["train"], loss.reshape(3, 2, EPOCHS), single)
@@ -418,18 +422,8 @@ def test_parts_of_a_batch_add_up_to_its_gradient():
 
 
 def test_from_scratch_every_task_starts_with_the_initial_network(tmp_path):
-    problem = programs.Problem(TRAIN, TEST, TRAIN_TASKS, TEST_TASKS)
-    options = Options(out=tmp_path)
-    result = progress.run(
-        programs.compile_pieces(make, problem, 1),
-        {"strength": [0.0]},
-        [3],
-        epochs=2,
-        method="from scratch",
-        record=Record("blobs", options),
-        options=options,
-        from_scratch=True,
-    )
+    scratch = a_run(make, seeds=[3], epochs=2, strength=0.0, from_scratch=True)
+    result = progress.results(scratch, Record("blobs", Options(out=tmp_path)))
     key, pieces = jax.random.key(3), make(0.0)
     carry = pieces.init(init_key(key))
     second = jax.tree.map(lambda x: x[1], TRAIN_TASKS)
@@ -451,21 +445,17 @@ class Config(Options):
 @pytest.mark.slow
 def test_added_seeds_are_what_all_at_once_gives(tmp_path):
     """In groups, whose first task the methods go on sharing."""
-    problem = programs.Problem(TRAIN, TEST, TRAIN_TASKS, TEST_TASKS)
-
-    def make_learner(strength, damping):
-        del damping
-        return make(strength)
 
     def run_some(folder, seeds, *names):
         config = Config(out=tmp_path / folder, seeds=seeds)
         record = Record("blobs", config)
-        methods = {
-            name: driver.Method(make_learner, strength, first_task="first task")
+        shared = {"seeds": range(seeds), "epochs": 1, "first_task": "first task"}
+        runs = [
+            a_run(make, method=name, strength=strength, **shared)
             for name, strength in (("si", 30.0), ("fine-tuning", 0.0))
             if name in names
-        }
-        driver.run_methods(config, methods, lambda _: problem, record)
+        ]
+        driver.run_all(runs, record)
         results = json.loads((config.out / "results.json").read_text())
         return results["runs"], results["summary"]
 
@@ -486,11 +476,8 @@ def test_added_seeds_are_what_all_at_once_gives(tmp_path):
 
 def test_what_diverges_is_said_and_kept(tmp_path, capsys):
     """The second of two runs, in the second task: its first accuracies stay."""
-    config = Config(out=tmp_path, seeds=2)
-    problem = programs.Problem(TRAIN, TEST, TRAIN_TASKS, TEST_TASKS)
 
-    def make_learner(strength, damping, number):
-        del damping
+    def make_learner(strength, number):
         pieces = plain(strength)
 
         def finish(carry, examples, task, key):
@@ -501,10 +488,9 @@ def test_what_diverges_is_said_and_kept(tmp_path, capsys):
 
         return pieces._replace(finish=finish)
 
-    record = Record("blobs", config)
-    numbers = {"number": np.arange(2)}
-    methods = {"si": driver.Method(make_learner, 0.3, given=lambda _: numbers)}
-    driver.run_methods(config, methods, lambda _: problem, record)
+    record = Record("blobs", Config(out=tmp_path, seeds=2))
+    given = {"given": lambda _: {"number": np.arange(2)}, "seeds": range(2)}
+    driver.run_all([a_run(make_learner, epochs=1, strength=0.3, **given)], record)
     gone = np.isnan(record.runs["si"]["test"])
     assert gone.any(2).tolist() == [[False, False], [False, True]]
     assert record.runs["si"]["diverged"] == [1]
@@ -516,7 +502,6 @@ def test_what_diverges_is_said_and_kept(tmp_path, capsys):
 def test_a_run_that_goes_on_under_other_versions_names_both(tmp_path, monkeypatch):
     """Also where only the task that it shares with another was trained before."""
     config = Config(out=tmp_path, epochs=2)
-    problem = programs.Problem(TRAIN, TEST, TRAIN_TASKS, TEST_TASKS)
     here = progress.versions()
 
     def version(number):
@@ -525,14 +510,11 @@ def test_a_run_that_goes_on_under_other_versions_names_both(tmp_path, monkeypatc
             monkeypatch.setattr(f"experiments.engine.{place}.versions", lambda: found)
         return found
 
-    def make_learner(strength, damping):
-        del damping
-        return make(strength)
-
-    arm = functools.partial(driver.Method, make_learner, first_task="first task")
+    arm = functools.partial(a_run, make, epochs=2, first_task="first task")
+    a, b = arm(method="a", strength=0.3), arm(method="b", strength=0.5)
     first = version("1")
     record, log = Record("blobs", config), Record.log
-    driver.run_methods(config, {"a": arm(0.3)}, lambda _: problem, record)
+    driver.run_all([a], record)
     assert not {"versions", "earlier_versions"} & set(record.runs["a"])
 
     second = version("2")  # b begins with what the first has left
@@ -544,12 +526,13 @@ def test_a_run_that_goes_on_under_other_versions_names_both(tmp_path, monkeypatc
 
     monkeypatch.setattr(Record, "log", stop)
     config = dataclasses.replace(config, checkpoint_every=1)
+    record = Record("blobs", config)
     with pytest.raises(KeyboardInterrupt):
-        driver.run_methods(config, {"b": arm(0.5)}, lambda _: problem, record)
+        driver.run_all([b], record)
     monkeypatch.setattr(Record, "log", log)
     third = version("3")
     record = Record("blobs", config)
-    driver.run_methods(config, {"b": arm(0.5)}, lambda _: problem, record)
+    driver.run_all([b], record)
     run = json.loads((tmp_path / "results.json").read_text())["runs"]["b"]
     assert run["versions"] == third
     assert run["earlier_versions"] == [first, second]
@@ -617,20 +600,13 @@ def test_initial_and_epoch_keys_never_meet():
 
 def permuted_problem(count=3):
     train, test = (tasks.permuted(len(e.labels), count, 4) for e in (TRAIN, TEST))
-    return programs.Problem(TRAIN, TEST, train, test, permutations=count)
+    return Problem(TRAIN, TEST, train, test, permutations=count)
 
 
 def drive(make, problem, folder, *, seeds=2, epochs=3, **values):
-    options = Options(out=folder)
-    return progress.run(
-        programs.compile_pieces(make, problem, seeds),
-        {name: [value] * seeds for name, value in values.items()},
-        range(seeds),
-        epochs=epochs,
-        method="method",
-        record=Record("blobs", options),
-        options=options,
-    )
+    settings = {"seeds": range(seeds), "epochs": epochs, "problem": problem}
+    record = Record("blobs", Options(out=folder))
+    return progress.results(a_run(make, **settings, **values), record)
 
 
 def make_permuted(strength, remember=3):

@@ -12,6 +12,7 @@ import pytest
 
 import si_jax
 from experiments.engine import command
+from experiments.engine.run import Label, Run
 from experiments.networks.models import MLP
 from experiments.training.loop import Carry
 from experiments.why import __main__ as why
@@ -59,11 +60,11 @@ def trained():
     }
     boundaries = parts.boundaries(MLP((8,), 10), 1)
     names = ("l2", "si", "unbiased", "absolute", "squared")
-    tx = optax.chain(
-        links["si"],
-        parts.watch(),
-        ewc.elastic_weight_consolidation(0.0, decay=1.0),
-        problem.OPTIMIZERS["adam"],
+    tx = optax.named_chain(
+        ("si", links["si"]),
+        ("watched", parts.watch()),
+        ("ewc", ewc.elastic_weight_consolidation(0.0, decay=1.0)),
+        ("adam", problem.OPTIMIZERS["adam"]),
     )
 
     def core(link):
@@ -79,11 +80,10 @@ def trained():
         def boundary(_, state, params):
             state = held_by(Carry(params, state)).opt_state
             state = si_jax.consolidate(state, params)
-            fresh = parts.watch().init(params)
-            return (state[0], fresh, *state[2:])
+            return state | {"watched": parts.watch().init(params)}
 
         history = problem.train(tx, problem.init(), tasks=2, boundary=boundary)
-        return history[-1][-1][2].importance, history
+        return history[-1][-1]["ewc"].importance, history
 
     return {k: core(x) for k, x in links.items()}, {k: held(k) for k in names}
 
@@ -117,28 +117,31 @@ def test_gradients_are_summed_over_the_tasks(trained):
 def test_the_bias_is_what_the_rules_differ_in():
     """In eq. 5's numerator, of one task whose sums are all positive."""
     params, moved = {"w": jnp.array([0.5, 0.5])}, {"w": jnp.array([1.0, 2.0])}
-    tx = optax.chain(
-        si_jax.synaptic_intelligence(0.0, 1.0),
-        parts.watch(),
-        ewc.elastic_weight_consolidation(0.0, decay=1.0),
+    tx = optax.named_chain(
+        ("si", si_jax.synaptic_intelligence(0.0, 1.0)),
+        ("watched", parts.watch()),
+        ("ewc", ewc.elastic_weight_consolidation(0.0, decay=1.0)),
     )
-    synaptic, watched, memory = tx.init(params)
+    opt_state = tx.init(params)
+    synaptic, watched = opt_state["si"], opt_state["watched"]
     synapses = synaptic.synapses._replace(path_integral={"w": jnp.array([5.0, 1.0])})
     synaptic = synaptic._replace(
         synapses=synapses, last_grads={"w": jnp.array([-100.0, -100.0])}
     )
     watched = watched._replace(path_integral={"w": jnp.array([3.0, 2.0])})
-    carry = Carry(moved, (synaptic, watched, memory))
-    after = parts.boundaries(MLP((8,), 10), 1)["bias"](carry).opt_state[2]
+    carry = Carry(moved, opt_state | {"si": synaptic, "watched": watched})
+    after = parts.boundaries(MLP((8,), 10), 1)["bias"](carry).opt_state["ewc"]
     np.testing.assert_allclose(after.importance["w"], [(5 - 3) / 1.25, 0], rtol=1e-6)
 
 
 def test_numbers_are_those_of_the_boundaries():
     boundaries = list(parts.boundaries(MLP((8,), 10), 1))
     assert list(TITLES) == ["fine-tuning", *boundaries]
+    run = Run(Label("si"), None, None, [0], 1, {"strength": 0.0})
     for i, name in enumerate(boundaries):
-        assert parts.number(name) == i
-    assert parts.number("fine-tuning") == 0
+        held = parts.holding(run, name)
+        assert held.hyperparameters == {"strength": 0.0, "importance": i}
+    assert parts.holding(run, "fine-tuning").hyperparameters["importance"] == 0
 
 
 def test_correlations_leave_out_what_is_dead():

@@ -11,7 +11,8 @@ import numpy as np
 from experiments.engine.command import UserError
 from si_jax import metrics
 
-COLUMNS = ("method", "seed", "split", "measure", "after", "task", "value")
+FIELDS = ("method", "strength", "damping", "scenario", "batch_size", "role")
+COLUMNS = ("name", *FIELDS, "seed", "split", "measure", "after", "task", "value")
 
 
 def measured(run: dict[str, Any], split: str) -> dict[str, np.ndarray]:
@@ -37,16 +38,19 @@ def tidy(runs: dict[str, Any]) -> str:
     """One observation a row, as CSV with the columns :data:`COLUMNS`.
 
     ``accuracy`` on every task after every stage, both counted from 1, and before the
-    first, ``after`` 0; and :func:`measured`, of all tasks, with neither. In a grid the
-    values of its hyperparameters are part of the method's name. What was evaluated on a
-    part to choose on is a ``loss``, and has no such measures.
+    first, ``after`` 0; and :func:`measured`, of all tasks, with neither. What a run is
+    stands in the columns :data:`FIELDS`, empty where it has no such thing; in a grid
+    ``strength`` and ``damping`` are each point's. What was evaluated on a part to
+    choose on is a ``loss``, and has no such measures.
     """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(COLUMNS)
-    for method, run in runs.items():
+    for name, run in runs.items():
         observable = "loss" if "choice" in run else "accuracy"
-        for row, (name, seed) in enumerate(_labels(method, run)):
+        for row, point in enumerate(_points(run)):
+            fields = {**run, **point}
+            of = [name, *(fields.get(k, "") for k in FIELDS), point["seed"]]
             for split in splits(run):
                 stages = [(i, x) for i, x in enumerate(run[split][row], start=1)]
                 if split == "test" and "initial" in run:
@@ -54,11 +58,11 @@ def tidy(runs: dict[str, Any]) -> str:
                 for after, accuracies in stages:
                     for task, value in enumerate(accuracies, start=1):
                         observed = (split, observable, after, task, digits(value))
-                        writer.writerow((name, seed, *observed))
+                        writer.writerow((*of, *observed))
                 usual = {} if observable == "loss" else measured(run, split)
                 for measure, values in usual.items():
                     whole = (split, measure, "", "", digits(values[row]))
-                    writer.writerow((name, seed, *whole))
+                    writer.writerow((*of, *whole))
     return text.getvalue()
 
 
@@ -72,17 +76,11 @@ def splits(run: dict[str, Any]) -> list[str]:
     return [split for split in ("test", "train", "choice") if split in run]
 
 
-def _labels(method: str, run: dict[str, Any]) -> list[tuple[str, int]]:
-    """Name and seed of each run."""
-    if "points" not in run:
-        return [(method, seed) for seed in range(len(run["test"]))]
-    seeds, *values = run["points"].values()
-    names = list(run["points"])[1:]
-    points = [
-        ", ".join(f"{k}={x:g}" for k, x in zip(names, point, strict=True))
-        for point in zip(*values, strict=True)
-    ]
-    return [(f"{method}, {x}", seed) for x, seed in zip(points, seeds, strict=True)]
+def _points(run: dict[str, Any]) -> list[dict[str, Any]]:
+    """Seed of each run, and in a grid its hyperparameters."""
+    points = run.get("points") or {"seed": range(len(run["test"]))}
+    rows = zip(*points.values(), strict=True)
+    return [dict(zip(points, row, strict=True)) for row in rows]
 
 
 class TensorBoard:

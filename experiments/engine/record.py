@@ -5,12 +5,10 @@ import dataclasses
 import datetime
 import itertools
 import json
-import math
 import os
 import platform
 import re
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from importlib.metadata import version
@@ -26,10 +24,13 @@ from matplotlib.figure import Figure
 
 from experiments.engine.checkpoint import Checkpoints
 from experiments.engine.command import Options, UserError
-from experiments.engine.export import TensorBoard, measured, splits, tidy
+from experiments.engine.export import TensorBoard, tidy
+from experiments.engine.measures import count, diverged, joined, part_of, summarize
+from experiments.engine.run import Label, with_fields
+from experiments.engine.text import nulls, numbers, plain, readable
+from experiments.engine.versions import versions
 from experiments.figures.style import STYLE
 
-PACKAGES = ("si_jax", "jax", "jaxlib", "flax", "optax", "numpy")
 PLACES = [field.name for field in dataclasses.fields(Options)]
 TRAINED_BY = "checkpoints/versions.json"
 
@@ -51,6 +52,7 @@ class Record:
     """
 
     def __init__(self, experiment: str, config: Options, default: str = ""):
+        self.config = config
         self.folder = config.out or Path("runs") / experiment / default
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -64,9 +66,9 @@ class Record:
         self._tensorboard = (
             TensorBoard(self.folder / "tensorboard") if config.tensorboard else None
         )
-        entries = _plain(dataclasses.asdict(config))
+        entries = plain(dataclasses.asdict(config))
         self._left_out = {*PLACES, *config.PICKS}
-        self._defaults = _plain(
+        self._defaults = plain(
             {field.name: field.default for field in dataclasses.fields(config)}
         )
         settings = {k: v for k, v in entries.items() if k not in self._left_out}
@@ -79,24 +81,9 @@ class Record:
             self.write("config.json", readable(started))
         self._refuse_another(started, head)
         self.content = {**started, **finished, "config": settings}
-        self.content["runs"] = _numbers(self.content["runs"])
-        self._say_another_jaxlib()
+        self.content["runs"] = with_fields(numbers(self.content["runs"]))
+        _say_another_jaxlib(self.folder, self.content)
         _wait_for_all("all have read")
-
-    def _say_another_jaxlib(self) -> None:
-        """Numbers repeat bit for bit on one version alone."""
-        makers = [self.content, *self.runs.values()]
-        makers += [part for run in self.runs.values() for part in run.get("parts", [])]
-        made = [x["versions"] for x in makers if "versions" in x]
-        made += [stack for x in makers for stack in x.get("earlier_versions", [])]
-        theirs = {stack.get("jaxlib") for stack in made}
-        here = version("jaxlib")
-        if is_first() and (others := theirs - {here, None}):
-            print(
-                f"{self.folder} was computed with jaxlib {', '.join(sorted(others))}, "
-                f"here is {here}: runs repeat bit for bit on one version alone.",
-                file=sys.stderr,
-            )
 
     @property
     def runs(self) -> dict[str, Any]:
@@ -136,19 +123,22 @@ class Record:
 
     def add(
         self,
-        method: str,
+        label: Label | str,
         run: dict[str, Any],
         summary: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
     ) -> None:
         """Keep a finished method, or further seeds of one, with a summary of it.
 
         Args:
-          method: its name.
+          label: what it is, or a name for what is no method's.
           run: its accuracies, with a first axis over the seeds. Those that diverged are
             listed, from 0, as ``diverged``.
           summary: of the run with all its seeds; :func:`summarize` by default.
         """
-        run, now, earlier = _plain(run), versions(), []
+        method, fields = str(label), {}
+        if isinstance(label, Label):
+            fields = label.fields()
+        run, now, earlier = plain(run), versions(), []
         if "test" in run:
             done = count(self.runs[method]) if method in self.runs else 0
             own = run.get("points", {}).get("seed", range(done, done + count(run)))
@@ -161,14 +151,14 @@ class Record:
         if method in self.runs:
             before = self.runs[method]
             parts = before.get("parts") or [
-                _part(
+                part_of(
                     before,
                     before.get("versions", self.content["versions"]),
                     before.get("earlier_versions", []),
                 )
             ]
-            parts = [*parts, _part(run, now, earlier)]
-            run = _joined(before, run) | {"parts": parts}
+            parts = [*parts, part_of(run, now, earlier)]
+            run = joined(before, run) | {"parts": parts}
         else:
             if now != self.content["versions"]:
                 run["versions"] = now
@@ -176,15 +166,15 @@ class Record:
                 run["earlier_versions"] = earlier
         if gone := diverged(run):
             run["diverged"] = gone
-        self.runs[method] = run
-        self.content["summary"][method] = _plain((summary or summarize)(run))
+        self.runs[method] = run = fields | run
+        self.content["summary"][method] = plain((summary or summarize)(run))
         self.write("results.json", readable(self.content))
         if accurate := {k: x for k, x in self.runs.items() if "test" in x}:
             self.write("results.csv", tidy(accurate))
 
     def note(self, name: str, value: Any) -> None:
         """Keep something beside the runs, under a name of its own."""
-        self.content[name] = _plain(value)
+        self.content[name] = plain(value)
         self.write("results.json", readable(self.content))
 
     def checkpoints(self, group: str) -> Checkpoints:
@@ -210,7 +200,7 @@ class Record:
         entry = {"method": method, "seeds": seeds, "position": position, **values}
         if is_first():
             with _said(path), path.open("a") as file:
-                file.write(json.dumps(_nulls(_plain(entry)), allow_nan=False) + "\n")
+                file.write(json.dumps(nulls(plain(entry)), allow_nan=False) + "\n")
             if self._tensorboard:
                 arrays = {k: x for k, x in values.items() if np.ndim(x)}
                 self._tensorboard.log(method, seeds, position, arrays)
@@ -311,6 +301,21 @@ class Record:
                 part.replace(path)
 
 
+def _say_another_jaxlib(folder: Path, content: dict[str, Any]) -> None:
+    """Numbers repeat bit for bit on one version alone."""
+    runs = content["runs"].values()
+    makers = [content, *runs, *(part for run in runs for part in run.get("parts", []))]
+    made = [x["versions"] for x in makers if "versions" in x]
+    made += [stack for x in makers for stack in x.get("earlier_versions", [])]
+    theirs, here = {stack.get("jaxlib") for stack in made}, version("jaxlib")
+    if is_first() and (others := theirs - {here, None}):
+        print(
+            f"{folder} was computed with jaxlib {', '.join(sorted(others))}, here is "
+            f"{here}: runs repeat bit for bit on one version alone.",
+            file=sys.stderr,
+        )
+
+
 @contextlib.contextmanager
 def _said(path: Path) -> Iterator[None]:
     """A file that cannot be written, on a full disk say, is the user's to mend."""
@@ -331,143 +336,3 @@ def is_first() -> bool:
 def _wait_for_all(what: str) -> None:
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(what)
-
-
-def versions() -> dict[str, Any]:
-    """What a number depends on besides its configuration."""
-    git = shutil.which("git")
-    commit = (
-        git
-        and subprocess.run(
-            [git, "describe", "--always", "--dirty"],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-        ).stdout.strip()
-    )
-    device = jax.devices()[0]
-    found = {
-        **{package: version(package) for package in PACKAGES},
-        "python": platform.python_version(),
-        "commit": commit or None,
-        "device": f"{device.platform}: {device.device_kind}",
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-    }
-    if device.platform != "cpu":  # a CPU multiplies in float32 anyway
-        config: Any = jax.config  # not every version's types name the option
-        found["matmul_precision"] = config.jax_default_matmul_precision
-    return found
-
-
-def count(run: dict[str, Any]) -> int:
-    """How many seeds a method has run."""
-    return len(run["test"])
-
-
-def diverged(run: dict[str, Any]) -> list[int]:
-    """Which of a method's runs ended without numbers, from 0."""
-    gone = [np.isnan(np.asarray(run[split], np.float64)) for split in splits(run)]
-    return sorted({int(i) for x in gone for i in np.argwhere(x)[:, 0]})
-
-
-def _part(
-    run: dict[str, Any], versions: dict[str, Any], earlier: list[dict[str, Any]]
-) -> dict[str, Any]:
-    """Which versions made how many of a method's seeds, and in what time."""
-    part = {"seeds": count(run), "seconds": run["seconds"], "versions": versions}
-    return part | ({"earlier_versions": earlier} if earlier else {})
-
-
-def _joined(before: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
-    """A method's run with further seeds behind those it has."""
-    joined: dict[str, Any] = {}
-    for key, value in more.items():
-        if key == "seconds":
-            joined[key] = round(before[key] + value, 1)
-        elif isinstance(value, dict):
-            joined[key] = _joined(before[key], value)
-        else:
-            joined[key] = before[key] + value
-    return joined
-
-
-def summarize(run: dict[str, Any]) -> dict[str, Any]:
-    """Mean, standard error and deviation over the seeds of the usual measures."""
-    return {
-        split: {name: statistics(x) for name, x in measured(run, split).items()}
-        for split in ("test", "train")
-    }
-
-
-def statistics(values: Any) -> dict[str, float | None]:
-    """Mean, standard error and deviation of a number a seed; one has no spread.
-
-    Where some diverged there is none of the three, but how many did.
-    """
-    values = np.asarray(values, np.float64)
-    n, gone = len(values), int((~np.isfinite(values)).sum())
-    deviation = float(values.std(ddof=1)) if n > 1 else None
-    return {
-        "mean": _digits(values.mean()),
-        "sem": None if deviation is None else _digits(deviation / n**0.5),
-        "std": None if deviation is None else _digits(deviation),
-        "n": n,
-        **({"diverged": gone} if gone else {}),
-    }
-
-
-def readable(content: dict[str, Any]) -> str:
-    """Indented JSON, with a line for each row of numbers instead of each number."""
-    text = json.dumps(_nulls(content), indent=1, allow_nan=False)
-    words, row = r'"(?:[^"\\]|\\.)*"', r'\[\s*([^\[\]{}"]*?)\s*\]'
-
-    def shorter(found: re.Match[str]) -> str:
-        return found[0] if found[1] is None else f"[{' '.join(found[1].split())}]"
-
-    return re.sub(f"{words}|{row}", shorter, text) + "\n"
-
-
-def _plain(value: Any) -> Any:
-    """Paths as text, tuples as lists, arrays as lists of numbers of six digits."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if isinstance(value, (np.ndarray, np.generic, jax.Array)):
-        array = np.asarray(value)
-        if array.dtype.kind in "biu":
-            return array.tolist()
-        return _plain_floats(array.astype(np.float64).tolist())
-    if isinstance(value, Path):
-        return str(value)
-    return value
-
-
-def _plain_floats(values: Any) -> Any:
-    """Numbers of six digits, however deep in lists."""
-    return (
-        [*map(_plain_floats, values)] if isinstance(values, list) else _digits(values)
-    )
-
-
-def _digits(value: Any) -> float:
-    """Six of them, wherever the point is."""
-    return float(f"{value:.6g}")
-
-
-def _nulls(value: Any) -> Any:
-    """``None`` for what is no finite number: JSON has no other word for it."""
-    if isinstance(value, dict):
-        return {key: _nulls(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_nulls(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _numbers(value: Any) -> Any:
-    """NaN for ``None`` in lists, as it was before it was written."""
-    if isinstance(value, dict):
-        return {key: _numbers(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [math.nan if x is None else _numbers(x) for x in value]
-    return value

@@ -6,27 +6,15 @@ from typing import Any
 
 import numpy as np
 
-from experiments.engine.command import UserError
-from experiments.engine.record import count
+from experiments.engine.measures import count
 from si_jax import metrics
 
 DIVERGED = "diverged"
 
 
-def best(scores: Any, what: str) -> int:
-    """Where the largest of some scores is, flat; of a run that diverged, NaN, never.
-
-    Raises:
-      UserError: if all diverged.
-    """
-    scores = np.asarray(scores, np.float64)
-    finite = np.isfinite(scores)
-    if not finite.any():
-        raise UserError(
-            f"{what} diverged in all that was tried: there is nothing to choose from. "
-            "Lower the learning rate, or try other values, with another --out."
-        )
-    return int(np.where(finite, scores, -np.inf).argmax())
+def methods_of(runs: Mapping[str, Any]) -> dict[str, str]:
+    """Whose run each is, by name."""
+    return {name: run["method"] for name, run in runs.items()}
 
 
 def over_seeds(runs: Mapping[Any, Any], error: str = "SEM") -> str:

@@ -25,16 +25,14 @@ def run(config: Config) -> None:
     config = dataclasses.replace(config, sha256=digests)
     study = make_study(config, contents)
 
-    def train(methods):
-        driver.run_methods(
-            config, methods, lambda _: study.problem, study.record, summary, so_far
-        )
+    def train():
+        driver.run_all(study.runs.values(), study.record, summary, so_far)
 
-    train(study.methods)
+    train()
     if config.third_steps and len(contents) > 2:
         chosen = choose(config, study.record.runs)
         then_third(study, {name: arm for name, (arm, _) in chosen.items()})
-        train(study.methods)
+        train()
     shown(study)
     if is_first():
         report(study)
@@ -44,7 +42,7 @@ def shown(study: Study) -> None:
     """Samples, what SI holds and what the methods cost, if there is anything new."""
     config, problem, record, _ = study
     runs = record.runs
-    chosen = {name: arm for name, (arm, _) in choose(config, runs).items()}
+    chosen = {name: str(arm) for name, (arm, _) in choose(config, runs).items()}
     whole = [arm for name, arm in chosen.items() if not families(config)[name].lora]
     if set(record.content.get("samples", {})) != {"prompt", PRETRAINING, *whole}:
         record.note("samples", samples(study, [PRETRAINING, *whole]))

@@ -6,11 +6,13 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from experiments.engine.record import statistics
-from experiments.engine.tables import DIVERGED, aligned, best, number, over_seeds
+from experiments.engine import choice
+from experiments.engine.measures import statistics
+from experiments.engine.run import Label
+from experiments.engine.tables import DIVERGED, aligned, number, over_seeds
 from experiments.finetune import figures
 from experiments.finetune.config import PRETRAINING, Config
-from experiments.finetune.methods import Family, arms, families, of_strength, third
+from experiments.finetune.methods import Family, arms, families, third
 from experiments.finetune.study import Study
 from experiments.finetune.texts import stops, titles
 from si_jax import metrics
@@ -46,19 +48,19 @@ def curve(
     """
     if not family.strengths:
         return np.asarray(runs[name][half])
-    found = [np.asarray(runs[arm][half])[:, -1] for arm in ordered(name, family)]
+    of = (runs[str(arm)] for arm in ordered(name, family))
+    found = [np.asarray(run[half])[:, -1] for run in of]
     n = min(map(len, found))
     return np.stack([x[:n] for x in found], axis=1)
 
 
-def ordered(name: str, family: Family) -> list[str]:
+def ordered(name: str, family: Family) -> list[Label]:
     """A family's methods, the one that moves the least first."""
-    sign = -1 if family.memory else 1
-    found = arms(name, family)
-    return sorted(found, key=lambda arm: sign * found[arm])
+    held = bool(family.memory)
+    return sorted(arms(name, family), key=lambda x: x.strength or 0, reverse=held)
 
 
-def choose(config: Config, runs: Mapping[str, Any]) -> dict[str, tuple[str, int]]:
+def choose(config: Config, runs: Mapping[str, Any]) -> dict[str, tuple[Label, int]]:
     """Each family's best, by its mean loss on the old and the new text.
 
     On the held-out half that is there to choose on.
@@ -68,10 +70,10 @@ def choose(config: Config, runs: Mapping[str, Any]) -> dict[str, tuple[str, int]
     """
     found = {}
     for name, family in families(config).items():
-        mean = curve(name, family, runs, "choice")[..., :2].mean((0, 2))
-        least = best(-mean, name)
-        arms = ordered(name, family)
-        found[name] = (arms[least], 0) if family.strengths else (name, least)
+        loss = curve(name, family, runs, "choice")[..., :2].mean(2)
+        (least,) = choice.choose(-loss, name)
+        every = ordered(name, family)
+        found[name] = (every[least], 0) if family.strengths else (every[0], least)
     return found
 
 
@@ -95,31 +97,31 @@ def at_equal_loss(
         after = np.asarray(runs["fine-tuning"][half])[:, -1:]
         for name, family in families(config).items():
             path = [before, curve(name, family, runs, half)]
-            unheld = of_strength("slow", family.rate)
-            end = "fine-tuning" if family.rate == 1 else unheld
+            slow = Label("slow", family.rate)
+            end = "fine-tuning" if family.rate == 1 else str(slow)
             if family.strengths and not family.lora and end in runs:
                 path.append(np.asarray(runs[end][half])[:, -1:])
             n = min(map(len, (*path, after)))
             whole[name, half] = np.concatenate([x[:n] for x in path], axis=1)
     found = {}
     for name in families(config):
-        choice, test = whole[name, "choice"], whole[name, "test"]
+        chosen, test = whole[name, "choice"], whole[name, "test"]
         before, after = (
-            np.asarray(runs[of]["choice"])[: len(choice), -1, 1]
+            np.asarray(runs[of]["choice"])[: len(chosen), -1, 1]
             for of in (PRETRAINING, "fine-tuning")
         )
         found[name] = np.array(
             [
                 [
                     _crossing(
-                        choice[seed, :, 1],
+                        chosen[seed, :, 1],
                         test[seed, :, 0],
                         before[seed] - f * (before[seed] - after[seed]),
                     )
                     - test[seed, 0, 0]
                     for f in fractions
                 ]
-                for seed in range(len(choice))
+                for seed in range(len(chosen))
             ]
         )
     return found
@@ -146,7 +148,7 @@ def cells(values: np.ndarray) -> str:
     return f"{mean} ± {metrics.standard_error(values):.3f}"
 
 
-def summary(_: str, run: dict[str, Any]) -> dict[str, Any]:
+def summary(run: dict[str, Any]) -> dict[str, Any]:
     """Each text's loss at the end, of both halves."""
     return {
         half: [statistics(x) for x in np.asarray(run[half])[:, -1].T]
@@ -158,7 +160,8 @@ def best_table(config: Config, runs: Mapping[str, Any]) -> str:
     """Each family at its best, as chosen: its losses; after the third text, too."""
     names = list(titles(config).values())
     rows = [["", *names[:2], "mean"]]
-    with_third = any(third(arm) in runs for arm, _ in choose(config, runs).values())
+    every = choose(config, runs).values()
+    with_third = any(str(third(arm)) in runs for arm, _ in every)
     if with_third:
         rows[0] += [f"after {names[2]}: {x}" for x in (*names, "mean")]
 
@@ -172,13 +175,13 @@ def best_table(config: Config, runs: Mapping[str, Any]) -> str:
         return found
 
     rows.append(row("pretrained", np.asarray(runs[PRETRAINING]["test"])[:, -1], None))
-    for arm, stage in choose(config, runs).values():
-        found, last = np.asarray(runs[arm]["test"]), runs.get(third(arm))
+    for arm, stage in every:
+        found, last = np.asarray(runs[str(arm)]["test"]), runs.get(str(third(arm)))
         if stage < found.shape[1] - 1:  # what goes on is what all steps led to
             at = stops(config.steps, config)[stage]
             rows.append(row(f"{arm}, stopped at {at} steps", found[:, stage], None))
         after = None if last is None else np.asarray(last["test"])[:, -1]
-        rows.append(row(arm, found[:, -1], after))
+        rows.append(row(str(arm), found[:, -1], after))
     return aligned(rows)
 
 

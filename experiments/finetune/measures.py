@@ -10,10 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 
 import si_jax
-from experiments.engine import programs, timing
-from experiments.engine.record import count
+from experiments.engine import timing
+from experiments.engine.measures import count
+from experiments.engine.run import Problem
 from experiments.finetune.config import Config
-from experiments.finetune.methods import Memory, go_on, network, optimizer
+from experiments.finetune.methods import GoOn, Memory, network, optimizer
 from experiments.finetune.study import Study
 from experiments.training import language
 from experiments.training.language import Stage
@@ -97,7 +98,7 @@ def held(study: Study, name: str) -> dict[str, dict[str, float]]:
     }
 
 
-def cost(config: Config, problem: programs.Problem) -> dict[str, dict[str, float]]:
+def cost(config: Config, problem: Problem) -> dict[str, dict[str, float]]:
     """Bytes and time of a step of every kind of method, on one device.
 
     Returns:
@@ -126,7 +127,7 @@ def cost(config: Config, problem: programs.Problem) -> dict[str, dict[str, float
     for name, (own, memory, lora) in kinds.items():
         params = network(own, own.lora_rank if lora else 0).init(key)
         carry = Carry(params, optimizer(own, memory, 1.0, own.damping).init(params))
-        make = go_on(own, memory, lora)
+        make = GoOn(own, memory, lora)
 
         def steps(carry, base, texts, stage, make=make):
             learner = make(jnp.float32(1), jnp.float32(1e-3), carry, base)

@@ -1,6 +1,6 @@
 """What is compared: networks, importances, families of methods."""
 
-import functools
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -10,9 +10,8 @@ import optax
 from flax import nnx
 
 import si_jax
-from experiments.engine.driver import Method
+from experiments.engine.run import Label
 from experiments.finetune.config import Config
-from experiments.finetune.texts import on
 from experiments.networks.transformer import Transformer, functional
 from experiments.training import language
 from experiments.training.boundaries import consolidate
@@ -144,30 +143,19 @@ def optimizer(
     return optax.chain(ewc.elastic_weight_consolidation(strength), adam)
 
 
-@functools.cache
-def go_on(
-    config: Config, memory: Memory, lora: bool, rate: float = 1.0
-) -> Callable[..., Learner]:
-    """The pieces of a run that goes on from ``start``, one for each run."""
-    net = network(config, config.lora_rank if lora else 0)
+@dataclasses.dataclass(frozen=True)
+class Pretraining:
+    """The pieces of a run from a fresh network, with SI to measure what it takes."""
 
-    def make(
-        strength: jax.Array, damping: jax.Array, start: Carry, base: Any = None
-    ) -> Learner:
-        tx = optimizer(config, memory, strength, damping, rate)
-        return bind(config, net.logits(base), tx, lambda _: start)
+    config: Config
 
-    return make
-
-
-def pretraining(config: Config) -> Method:
-    """A fresh network on the old text, with SI to measure what it takes."""
-    net, steps = network(config), config.pretraining_steps
-    rate = optax.warmup_cosine_decay_schedule(
-        0, config.learning_rate, steps // 20, steps, config.learning_rate / 10
-    )
-
-    def make(strength: jax.Array, damping: jax.Array) -> Learner:
+    def __call__(self, strength: jax.Array, damping: jax.Array) -> Learner:
+        """Adam, at a learning rate that rises and falls."""
+        config, steps = self.config, self.config.pretraining_steps
+        net = network(config)
+        rate = optax.warmup_cosine_decay_schedule(
+            0, config.learning_rate, steps // 20, steps, config.learning_rate / 10
+        )
         tx = si_jax.with_synaptic_intelligence(optax.adam(rate), strength, damping)
 
         def start(key: jax.Array) -> Carry:
@@ -176,7 +164,23 @@ def pretraining(config: Config) -> Method:
 
         return bind(config, net.apply, tx, start, [consolidate])
 
-    return Method(make, learns=on(config, (0,), (steps,)))
+
+@dataclasses.dataclass(frozen=True)
+class GoOn:
+    """The pieces of a run that goes on from ``start``, one for each run."""
+
+    config: Config
+    memory: Memory
+    lora: bool
+    rate: float = 1.0
+
+    def __call__(
+        self, strength: jax.Array, damping: jax.Array, start: Carry, base: Any = None
+    ) -> Learner:
+        """With adapters, ``base`` are the weights that they are added to."""
+        net = network(self.config, self.config.lora_rank if self.lora else 0)
+        tx = optimizer(self.config, self.memory, strength, damping, self.rate)
+        return bind(self.config, net.logits(base), tx, lambda _: start)
 
 
 def bind(
@@ -198,18 +202,11 @@ def bind(
     )
 
 
-def arms(name: str, family: Family) -> dict[str, float]:
-    """A family's methods and their strengths."""
-    if not family.strengths:
-        return {name: 1.0}
-    return {of_strength(name, c): c for c in family.strengths}
+def arms(name: str, family: Family) -> list[Label]:
+    """A family's methods."""
+    return [Label(name, c) for c in family.strengths or (None,)]
 
 
-def of_strength(name: str, strength: float) -> str:
-    """The name of a family's method."""
-    return f"{name} c={strength:g}"
-
-
-def third(arm: str) -> str:
-    """The name under which a method goes on with the third text."""
-    return f"{arm}, then third"
+def third(arm: Label) -> Label:
+    """A method that goes on with the third text."""
+    return dataclasses.replace(arm, role="then third")

@@ -1,26 +1,28 @@
 """From one text to the next: the methods, bound to what they go on with."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 import si_jax
-from experiments.engine import command, driver, programs
-from experiments.engine.driver import Method
+from experiments.engine import command, driver
 from experiments.engine.record import Record
+from experiments.engine.run import Label, Problem, Run
 from experiments.finetune.config import PRETRAINING, Config
 from experiments.finetune.methods import (
     Family,
+    GoOn,
     Importance,
+    Pretraining,
     arms,
     families,
-    go_on,
     network,
     optimizer,
-    pretraining,
     third,
 )
 from experiments.finetune.texts import make_problem, on, stops
@@ -36,18 +38,37 @@ class Study(NamedTuple):
       config: the experiment's.
       problem: the texts.
       record: what was found.
-      methods: by name, of every strength.
+      runs: by name, of every strength.
     """
 
     config: Config
-    problem: programs.Problem
+    problem: Problem
     record: Record
-    methods: dict[str, Method]
+    runs: dict[str, Run]
+
+    def add(self, label: Label, **settings: Any) -> None:
+        """A run more, of all seeds."""
+        config = self.config
+        strength = 1.0 if label.strength is None else label.strength
+        settings = {
+            "seeds": range(config.seeds),
+            "epochs": config.epochs,
+            "hyperparameters": {"strength": strength, "damping": config.damping},
+            **settings,
+        }
+        self.runs[str(label)] = Run(label, **settings)
+
+    def learning(
+        self, which: Sequence[int], steps: Sequence[int]
+    ) -> Callable[[], Problem]:
+        """What learns some of the texts, stage after stage of so many steps."""
+        return functools.partial(on, self.problem, which, steps, self.config.epochs)
 
     def carry(self, name: str, seeds: Sequence[int]) -> Carry:
-        """What a finished method ended with."""
-        config, problem, record, methods = self
-        return driver.trained(config, name, methods[name], seeds, problem, record)
+        """What a finished run ended with."""
+        return driver.trained(
+            dataclasses.replace(self.runs[name], seeds=seeds), self.record
+        )
 
     def windows(self, text: int) -> np.ndarray:
         """Of the part of a text that is trained on: uint8 ``(examples, length + 1)``.
@@ -61,11 +82,25 @@ class Study(NamedTuple):
         return np.asarray(language.cut(trained.content, starts, length))
 
 
-@functools.cache
 def measured(
-    config: Config, measure: Importance, lora: bool
-) -> Callable[[Any, Any, np.ndarray, Sequence[int]], Any]:
-    """Compile the importance of some runs' parameters on some windows."""
+    config: Config,
+    measure: Importance,
+    lora: bool,
+    networks: Any,
+    windows: np.ndarray,
+    seeds: Sequence[int],
+) -> Any:
+    """The importance of some runs' networks, parameters and base, on some windows."""
+    mesh = sweep.mesh(len(seeds))
+    own = sweep.spread((networks, np.asarray(seeds, np.uint32)), mesh)
+    program = _measuring(config, measure, lora, mesh)
+    return sweep.gather(program(*own, sweep.replicate(windows, mesh)), len(seeds))
+
+
+@functools.cache  # what several methods measure is compiled once
+def _measuring(
+    config: Config, measure: Importance, lora: bool, mesh: Mesh
+) -> Callable[..., Any]:
     net = network(config, config.lora_rank if lora else 0)
 
     def of_one(own, seed, windows):
@@ -73,24 +108,19 @@ def measured(
         key = jax.random.fold_in(jax.random.key(seed), 2**31)
         return measure(net.logits(base), params, windows, key)
 
-    def of_all(params, base, windows, seeds):
-        mesh = sweep.mesh(len(seeds))
-        own = sweep.spread(((params, base), np.asarray(seeds, np.uint32)), mesh)
-        program = compiled(mesh)
-        return sweep.gather(program(*own, sweep.replicate(windows, mesh)), len(seeds))
-
-    @functools.cache
-    def compiled(mesh):
-        return sweep.over_runs(of_one, mesh, mapped=2)
-
-    return of_all
+    return sweep.over_runs(of_one, mesh, mapped=2)
 
 
 def make_study(config: Config, contents: Mapping[str, bytes]) -> Study:
     """The methods, none of them run."""
     problem = make_problem(list(contents.values()), config)
     study = Study(config, problem, Record("finetune", config), {})
-    study.methods[PRETRAINING] = pretraining(config)
+    study.add(
+        Label(PRETRAINING),
+        make_learner=Pretraining(config),
+        problem=study.learning((0,), (config.pretraining_steps,)),
+        hyperparameters={"strength": 0.0, "damping": config.damping},
+    )
     own_network = functools.lru_cache(maxsize=2)(
         functools.partial(study.carry, PRETRAINING)
     )
@@ -111,8 +141,9 @@ def make_study(config: Config, contents: Mapping[str, bytes]) -> Study:
                 np.asarray(seeds, np.uint32)
             )
         if family.importance is not None:
-            measure = measured(config, family.importance, family.lora)
-            omega = measure(params, base, study.windows(0), seeds)
+            networks, windows = (params, base), study.windows(0)
+            how = family.importance, family.lora
+            omega = measured(config, *how, networks, windows, seeds)
         elif family.memory:
             omega = si_jax.synapses(pretrained.opt_state).importance
         else:
@@ -130,21 +161,20 @@ def make_study(config: Config, contents: Mapping[str, bytes]) -> Study:
         return {"start": jax.device_get(start)} | ({"base": base} if base else {})
 
     for name, family in families(config).items():
-        make = go_on(config, family.memory, family.lora, family.rate)
         at = [config.steps] if family.strengths else stops(config.steps, config)
-        which = (0, 1) if family.mixed else (1,)
+        which, steps = (0, 1) if family.mixed else (1,), np.diff([0, *at]).tolist()
         start = functools.lru_cache(maxsize=2)(functools.partial(given, family))
-        for arm, strength in arms(name, family).items():
-            study.methods[arm] = Method(
-                make,
-                strength,
-                on(config, which, tuple(np.diff([0, *at]).tolist())),
+        for arm in arms(name, family):
+            study.add(
+                arm,
+                make_learner=GoOn(config, family.memory, family.lora, family.rate),
+                problem=study.learning(which, steps),
                 given=start,
             )
     return study
 
 
-def then_third(study: Study, chosen: Mapping[str, str]) -> None:
+def then_third(study: Study, chosen: Mapping[str, Label]) -> None:
     """Let the chosen methods go on with the third text, what they know of two in one.
 
     Args:
@@ -153,13 +183,15 @@ def then_third(study: Study, chosen: Mapping[str, str]) -> None:
     """
     config = study.config
 
-    def given(family: Family, arm: str, seeds: Sequence[int]) -> Mapping[str, Any]:
-        before = study.methods[arm].given(seeds)
-        carry = study.carry(arm, seeds)
+    def given(family: Family, arm: Label, seeds: Sequence[int]) -> Mapping[str, Any]:
+        before = study.runs[str(arm)].given(seeds)
+        carry = study.carry(str(arm), seeds)
         params, opt_state, _ = carry
         if family.memory == "ewc":
-            measure = measured(config, family.importance, family.lora)
-            omega = measure(params, before.get("base"), study.windows(1), seeds)
+            assert family.importance is not None
+            networks, windows = (params, before.get("base")), study.windows(1)
+            how = family.importance, family.lora
+            omega = measured(config, *how, networks, windows, seeds)
             opt_state = jax.jit(jax.vmap(ewc.consolidate))(opt_state, params, omega)
         elif family.memory == "si":
             opt_state = jax.jit(jax.vmap(si_jax.consolidate))(opt_state, params)
@@ -169,7 +201,9 @@ def then_third(study: Study, chosen: Mapping[str, str]) -> None:
     for name, arm in chosen.items():
         family = families(config)[name]
         which = (0, 1, 2) if family.mixed else (2,)
-        study.methods[third(arm)] = study.methods[arm]._replace(
-            learns=on(config, which, (config.third_steps,)),
+        study.runs[str(third(arm))] = dataclasses.replace(
+            study.runs[str(arm)],
+            label=third(arm),
+            problem=study.learning(which, (config.third_steps,)),
             given=functools.partial(given, family, arm),
         )

@@ -1,12 +1,11 @@
 """The texts, and what is learned of them and evaluated."""
 
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
 from experiments.data import texts
-from experiments.engine import programs
+from experiments.engine.run import Problem
 from experiments.finetune.config import HELD_OUT, Config
 from experiments.training import language
 from experiments.training.language import Stage, Texts
@@ -65,33 +64,26 @@ def halves(contents: Sequence[bytes], config: Config) -> tuple[np.ndarray, np.nd
     return np.stack(starts[0]), np.stack(starts[1])
 
 
-def make_problem(contents: Sequence[bytes], config: Config) -> programs.Problem:
+def make_problem(contents: Sequence[bytes], config: Config) -> Problem:
     """What is evaluated: the half to choose on, and the one to report."""
     joined = join(contents)
     choose, report = halves(contents, config)
-    return programs.Problem(joined, joined, choose, report, second="choice")
+    return Problem(joined, joined, choose, report, second="choice")
 
 
-@functools.cache  # asked for again, it is the same object, and so compiled once
 def on(
-    config: Config, which: tuple[int, ...], steps: tuple[int, ...]
-) -> Callable[[programs.Problem], programs.Problem]:
+    problem: Problem, which: Sequence[int], steps: Sequence[int], epochs: int
+) -> Problem:
     """To learn some of the texts, in equal shares, stage after stage of so many steps.
 
-    Returns:
-      From the experiment's problem to that of a method.
+    Each stage's steps are shared out among its epochs.
     """
-
-    def learns(problem: programs.Problem) -> programs.Problem:
-        count = len(problem.train_tasks)
-        shares = np.isin(np.arange(count), which).astype(np.float32)
-        stages = Stage(
-            np.tile(shares / shares.sum(), (len(steps), 1)),
-            np.array(steps, np.int32) // config.epochs,
-        )
-        return problem._replace(stages=stages)
-
-    return learns
+    shares = np.isin(np.arange(len(problem.train_tasks)), which).astype(np.float32)
+    stages = Stage(
+        np.tile(shares / shares.sum(), (len(steps), 1)),
+        np.array(steps, np.int32) // epochs,
+    )
+    return problem._replace(stages=stages)
 
 
 def stops(steps: int, config: Config) -> list[int]:

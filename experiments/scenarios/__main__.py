@@ -4,17 +4,18 @@ The same five pairs of digits, told apart three ways: with the task given, witho
 but with the same two outputs for every pair, and as a growing number of classes.
 """
 
+import dataclasses
 import functools
+from typing import Literal
 
 from experiments.engine import command, driver
 from experiments.engine.choice import chosen
-from experiments.engine.driver import Method
-from experiments.engine.programs import Problem
 from experiments.engine.record import Record, is_first
+from experiments.engine.run import Label, Problem, Run, at_once
 from experiments.scenarios.config import Config, Scenario
-from experiments.scenarios.findings import grid_name, report
+from experiments.scenarios.findings import report
 from experiments.scenarios.methods import arms
-from experiments.scenarios.problems import in_scenario, jointly, make_problems
+from experiments.scenarios.problems import in_scenario, make_problems
 
 
 def run(config: Config) -> None:
@@ -23,29 +24,31 @@ def run(config: Config) -> None:
     known = arms(config)
     problems = functools.cache(lambda: make_problems(config))
 
-    def choice_problem(scenario: Scenario) -> Problem:
-        return in_scenario(scenario, problems().choice)
+    @functools.cache
+    def problem(scenario: Scenario, on: Literal["choice", "test"]) -> Problem:
+        return in_scenario(scenario, getattr(problems(), on))
 
-    methods: dict[str, Method] = {}
+    runs: list[Run] = []
     for scenario in config.scenario:
         for method in config.methods:
-            name, c, arm = f"{scenario}: {method}", 0.0, known[method]
+            arm = known[method]
+            run = Run(
+                Label(method, scenario=scenario),
+                arm.make_learner,
+                functools.partial(problem, scenario, "choice"),
+                range(config.seeds),
+                config.epochs,
+                {"strength": 0.0, "damping": config.damping, **arm.further},
+            )
             if arm.candidates:
-                c = chosen(
-                    config,
-                    grid_name(scenario, method),
-                    arm.make_learner,
-                    functools.partial(choice_problem, scenario),
-                    record,
-                    arm.candidates,
-                    arm.further,
+                run = run.with_strength(
+                    chosen(run, arm.candidates, config.grid_seeds, record)
                 )
-                name = f"{name} c={c:g}"
-            learns = functools.partial(in_scenario, scenario)
+            test = functools.partial(problem, scenario, "test")
             if method == "joint":
-                learns = functools.partial(jointly, scenario)
-            methods[name] = Method(arm.make_learner, c, learns, further=arm.further)
-    driver.run_methods(config, methods, lambda _: problems().test, record)
+                test = functools.partial(at_once, test)
+            runs.append(dataclasses.replace(run, problem=test))
+    driver.run_all(runs, record)
     if is_first():
         report(config, record)
 

@@ -10,6 +10,7 @@ from experiments import split_mnist
 from experiments.engine.choice import choices
 from experiments.engine.export import measured
 from experiments.engine.record import Record
+from experiments.engine.run import Label
 from experiments.engine.tables import aligned, cell, counts, over_seeds
 from experiments.scenarios import figures
 from experiments.scenarios.config import SCENARIOS, Config
@@ -17,15 +18,13 @@ from experiments.scenarios.methods import arms
 from si_jax import metrics
 
 
-def grid_name(scenario: str, method: str) -> str:
-    """Of a method's grid in the record."""
-    return f"{scenario}: {method}, grid"
-
-
 def of_scenario(runs: dict[str, Any], scenario: str) -> dict[str, Any]:
     """The finished methods of a scenario, by name, without their grids."""
-    names = [x for x in runs if x.startswith(f"{scenario}: ") and "grid" not in x]
-    return {name.removeprefix(f"{scenario}: "): runs[name] for name in names}
+    return {
+        name.removeprefix(f"{scenario}: "): run
+        for name, run in runs.items()
+        if run.get("scenario") == scenario and "role" not in run
+    }
 
 
 def report(config: Config, record: Record) -> None:
@@ -50,11 +49,13 @@ def choice_table(config: Config, runs: dict[str, Any]) -> str:
     """A row a method and strength, a column a scenario: accuracy, the best with a *."""
     rows = [["", *SCENARIOS]]
     for method, arm in arms(config).items():
-        names = [f"{method} c={c:g}" for c in arm.candidates]
+        names = [str(Label(method, c)) for c in arm.candidates]
         columns = []
         for scenario in SCENARIOS:
             cells = [""] * len(names)
-            if names and (grid := runs.get(grid_name(scenario, method))):
+            if names and (
+                grid := runs.get(str(Label(method, scenario=scenario, role="grid")))
+            ):
                 after = np.asarray(metrics.average_accuracy(grid["test"]))
                 cells = choices(after.reshape(-1, len(names)))
             columns.append(cells)
@@ -77,7 +78,7 @@ def table(found: Mapping[str, Mapping[str, Any]]) -> str:
     for method in Config().methods:
         row: list[str] = [method]
         for of in found.values():
-            named = [run for name, run in of.items() if name.split(" c=")[0] == method]
+            named = [run for run in of.values() if run["method"] == method]
             row += [cell(metrics.average_accuracy(x["test"])) for x in named] or [""]
         rows.append(row)
     seeds = [counts(of) for of in found.values()]
@@ -110,8 +111,7 @@ def figure(found: Mapping[str, Mapping[str, Any]], name: str, over: str) -> Figu
     return figures.scenarios(
         {
             f"{scenario.capitalize()}-incremental": {
-                method.split(" c=")[0]: np.asarray(run["test"])
-                for method, run in of.items()
+                run["method"]: np.asarray(run["test"]) for run in of.values()
             }
             for scenario, of in found.items()
         },

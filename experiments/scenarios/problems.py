@@ -11,8 +11,7 @@ import numpy as np
 from experiments import data, split_mnist
 from experiments.data import tasks
 from experiments.data.datasets import Examples
-from experiments.engine import programs
-from experiments.engine.programs import Problem
+from experiments.engine.run import Problem
 from experiments.scenarios.config import Config, Scenario
 
 TRAIN_EVALUATED = 1000  # of each task's training examples, to evaluate on
@@ -84,8 +83,3 @@ def in_scenario(scenario: Scenario, problem: Problem) -> Problem:
                 lambda classes: jnp.broadcast_to(classes[0], classes.shape)
             )
             return both._replace(train=train, test=test)
-
-
-def jointly(scenario: Scenario, problem: Problem) -> Problem:
-    """All tasks of a scenario at once."""
-    return programs.all_at_once(in_scenario(scenario, problem))

@@ -5,20 +5,21 @@ noise, that makes Ω resemble the root of the Fisher information. So ω is taken
 each part and each relative is correlated with the others, and takes Ω's place.
 """
 
+import dataclasses
 import functools
 
 from experiments import permuted_mnist
-from experiments.engine import choice, command, driver
-from experiments.engine.driver import Method
-from experiments.engine.programs import Problem
+from experiments.engine import command, driver
+from experiments.engine.choice import chosen
 from experiments.engine.record import Record, is_first
+from experiments.engine.run import Label, Problem, Run
 from experiments.scenarios import config as scenarios
 from experiments.scenarios.problems import Problems
 from experiments.scenarios.problems import make_problems as in_pairs
-from experiments.why.config import Config
-from experiments.why.findings import grid_name, measures_name, report
+from experiments.why.config import MEASURES, Config
+from experiments.why.findings import report
 from experiments.why.measures import measure
-from experiments.why.parts import make_learner, number
+from experiments.why.parts import holding, make_learner
 
 
 def make_problems(config: Config) -> Problems:
@@ -52,30 +53,34 @@ def run(config: Config) -> None:
     """Run what is not finished; print and draw."""
     record = Record("why", config, default=f"{config.network}-{config.data}")
     problems = functools.cache(lambda: make_problems(config))
-    methods: dict[str, Method] = {}
+    runs: list[Run] = []
     for batch_size in config.batch_sizes:
-        make = make_learner(config, batch_size)
-        name = measures_name(batch_size)
-        if name not in record.runs:
-            found = measure(config, make, problems().test)
-            record.add(name, found, lambda _: {})
-        scales = {"l2": 1.0, **record.runs[name]["scale"]}
+        run = Run(
+            Label(MEASURES, batch_size=batch_size),
+            make_learner(config, batch_size),
+            lambda: problems().test,
+            range(config.networks),
+            config.epochs,
+            {"strength": 0.0, "damping": config.damping},
+        )
+        if run.name not in record.runs:
+            found = measure(run, record.config.max_parallel)
+            record.add(run.label, found, lambda _: {})
+        scales = {"l2": 1.0, **record.runs[run.name]["scale"]}
         for of in config.importances:
-            method, c = f"batch {batch_size}: {of}", 0.0
+            arm = dataclasses.replace(
+                holding(run, of),
+                label=Label(of, batch_size=batch_size),
+                seeds=range(config.seeds),
+            )
             if of in scales:
-                c = choice.chosen(
-                    config,
-                    grid_name(batch_size, of),
-                    make,
-                    lambda: problems().choice,
-                    record,
-                    candidates(config, scales[of]),
-                    {"importance": number(of)},
-                )
-                method = f"{method} c={c:g}"
-            methods[method] = Method(make, c, further={"importance": number(of)})
-    if methods:
-        driver.run_methods(config, methods, lambda _: problems().test, record)
+                choice = dataclasses.replace(arm, problem=lambda: problems().choice)
+                strengths = candidates(config, scales[of])
+                c = chosen(choice, strengths, config.grid_seeds, record)
+                arm = arm.with_strength(c)
+            runs.append(arm)
+    if runs:
+        driver.run_all(runs, record)
     if is_first():
         report(config, record)
 

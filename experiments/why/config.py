@@ -36,6 +36,7 @@ TITLES: dict[str, str] = {
 }
 
 
+MEASURES = "measures"  # a record's name for what is measured
 CORRELATED = tuple(TITLES)[2:]
 
 

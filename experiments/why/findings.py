@@ -9,20 +9,11 @@ from matplotlib.figure import Figure
 from experiments import split_mnist
 from experiments.engine import choice
 from experiments.engine.record import Record
+from experiments.engine.run import Label
 from experiments.engine.tables import aligned, cell, over_seeds
 from experiments.why import figures
-from experiments.why.config import CORRELATED, TITLES, Config
+from experiments.why.config import CORRELATED, MEASURES, TITLES, Config
 from si_jax import metrics
-
-
-def measures_name(batch_size: int) -> str:
-    """Of what is measured, in the record."""
-    return f"batch {batch_size}: measures"
-
-
-def grid_name(batch_size: int, name: str) -> str:
-    """Of an importance's grid."""
-    return f"batch {batch_size}: {name}, grid"
 
 
 def report(config: Config, record: Record) -> None:
@@ -47,18 +38,22 @@ def report(config: Config, record: Record) -> None:
     print(f"\nTook {seconds:.0f} s. Everything is in {record.folder}.")
 
 
+def grid(batch_size: int, name: str) -> Label:
+    """Of the runs that an importance's strength is chosen from."""
+    return Label(name, batch_size=batch_size, role="grid")
+
+
 def measured(runs: dict[str, Any]) -> dict[int, Any]:
     """What was measured, by batch size, from the smallest."""
-    names = [x for x in runs if x.endswith(": measures")]
-    return dict(sorted((int(x.split()[1].removesuffix(":")), runs[x]) for x in names))
+    found = {x["batch_size"]: x for x in runs.values() if x["method"] == MEASURES}
+    return dict(sorted(found.items()))
 
 
 def tested(runs: dict[str, Any]) -> Iterator[tuple[tuple[int, str], Any]]:
     """What was learned and tested, by batch size and importance."""
-    for name, run in runs.items():
-        batch, _, of = name.removeprefix("batch ").partition(": ")
+    for run in runs.values():
         if "points" not in run:
-            yield (int(batch), of.split(" c=")[0]), run
+            yield (run["batch_size"], run["method"]), run
 
 
 def shares(omega: dict[str, Sequence[float]]) -> dict[str, np.ndarray]:
@@ -120,8 +115,8 @@ def choice_table(config: Config, runs: dict[str, Any]) -> str:
     rows = [["", "batch size", *(f"{pull:g}" for pull in config.pulls)]]
     for name in TITLES:
         for batch_size in measured(runs):
-            if grid := runs.get(grid_name(batch_size, name)):
-                after = np.asarray(metrics.average_accuracy(grid["test"]))
+            if found := runs.get(str(grid(batch_size, name))):
+                after = np.asarray(metrics.average_accuracy(found["test"]))
                 cells = choice.choices(after.reshape(-1, len(config.pulls)))
                 rows.append([TITLES[name], str(batch_size), *cells])
     return aligned(rows)

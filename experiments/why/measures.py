@@ -1,24 +1,25 @@
 """The importances after the first task, and how they correlate."""
 
 import time
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
 from scipy import stats
 
-from experiments.engine import command, programs
-from experiments.engine.programs import Problem
-from experiments.training.loop import Learner
-from experiments.why.config import CORRELATED, Config
-from experiments.why.parts import number
+from experiments.engine import command
+from experiments.engine.programs import Pieces
+from experiments.engine.run import Run
+from experiments.why.config import CORRELATED
+from experiments.why.parts import holding
 
 
-def measure(
-    config: Config, make: Callable[..., Learner], problem: Problem
-) -> dict[str, Any]:
+def measure(run: Run, max_parallel: int | None = None) -> dict[str, Any]:
     """The networks' importances after the first task.
+
+    Args:
+      run: of :func:`make_learner`, a seed a network.
+      max_parallel: how many of them side by side on a device.
 
     Returns:
       ``seconds``; ``ω``: sums of ω, of the unbiased one, and the loss drop,
@@ -26,25 +27,14 @@ def measure(
       there; ``scale``: the importances' means over parameters and networks;
       ``layers``: by layer, what :func:`correlate` finds, ``(networks, …)``.
     """
-    begin, seeds = time.perf_counter(), np.arange(config.networks)
-    pieces = programs.compile_pieces(make, problem, len(seeds), config.max_parallel)
-
-    def runs(name: str) -> Any:
-        values = {
-            "strength": 0.0,
-            "damping": config.damping,
-            "importance": number(name),
-        }
-        every = {k: np.full(len(seeds), x, np.float32) for k, x in values.items()}
-        return pieces.to_devices((seeds.astype(np.uint32), every))
-
-    own = runs("si")
-    carry, loss_drop = pieces.init(own), np.zeros(len(seeds))
-    for i in range(config.epochs):
-        carry, report = pieces.epoch(carry, own, 0, i)
+    begin, networks = time.perf_counter(), range(len(run.seeds))
+    pieces = Pieces(holding(run, "si"), max_parallel)
+    carry, loss_drop = pieces.init(), np.zeros(len(networks))
+    for i in range(run.epochs):
+        carry, report = pieces.epoch(carry, 0, i)
         loss_drop += pieces.to_host(report.loss_drop)
     end = pieces.to_host(carry)
-    synaptic, watched, *_ = end.opt_state
+    synaptic, watched = end.opt_state["si"], end.opt_state["watched"]
 
     def total(tree):
         return sum(np.sum(x, tuple(range(1, x.ndim))) for x in jax.tree.leaves(tree))
@@ -57,16 +47,17 @@ def measure(
     found = {}
     for name in CORRELATED:
         # A copy, as the boundary donates what it is given.
-        after = pieces.finish(pieces.to_devices(end), runs(name), 0, config.epochs)
-        found[name] = pieces.to_host(after.opt_state[2].importance)
+        with_it = pieces.of(holding(run, name))
+        after = with_it.finish(pieces.to_devices(end), 0, run.epochs)
+        found[name] = pieces.to_host(after.opt_state["ewc"].importance)
     size = sum(x[0].size for x in jax.tree.leaves(found["si"]))
     layers = {}
-    for i in range(len(config.hidden) + 1):
-        kernels = {k: x["params"][f"Dense_{i}"]["kernel"] for k, x in found.items()}
-        each = [correlate({k: x[run] for k, x in kernels.items()}) for run in seeds]
-        layers[f"layer {i + 1}"] = {k: [x[k] for x in each] for k in each[0]}
+    for number, layer in enumerate(sorted(found["si"]["params"]), start=1):
+        kernels = {k: x["params"][layer]["kernel"] for k, x in found.items()}
+        each = [correlate({k: x[i] for k, x in kernels.items()}) for i in networks]
+        layers[f"layer {number}"] = {k: [x[k] for x in each] for k in each[0]}
     return {
-        "points": {"seed": seeds},
+        "points": {"seed": list(run.seeds)},
         "seconds": time.perf_counter() - begin,
         "ω": {
             "sum": total(synaptic.synapses.path_integral),

@@ -1,5 +1,6 @@
 """The importances, and a learner that holds with any of them."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -9,6 +10,7 @@ import optax
 
 import si_jax
 from experiments.data.tasks import mask_logits
+from experiments.engine.run import Run
 from experiments.networks.models import MLP
 from experiments.training.boundaries import (
     consolidate,
@@ -65,8 +67,9 @@ def watch() -> optax.GradientTransformation:
 def boundaries(model: MLP, count: int) -> dict[str, Boundary]:
     """Each importance as what adds it, at a task's end, to that of EWC's link.
 
-    The optimizer is a chain of Synaptic Intelligence with strength 0, :func:`watch`,
-    online EWC, which holds what is added, and others.
+    The optimizer is a named chain of Synaptic Intelligence with strength 0, ``"si"``,
+    :func:`watch`, ``"watched"``, online EWC, ``"ewc"``, which holds what is added, and
+    others.
     """
 
     def added(measure: Callable[[Carry], optax.Params]) -> Boundary:
@@ -81,7 +84,7 @@ def boundaries(model: MLP, count: int) -> dict[str, Boundary]:
 
     def equation_5(carry, synaptic):
         """What it adds to the importance so far, in the core's own hands."""
-        before = carry.opt_state[2].importance
+        before = carry.opt_state["ewc"].importance
         synapses = synaptic.synapses._replace(importance=before)
         after = si_jax.consolidate(synaptic._replace(synapses=synapses), carry.params)
         return jax.tree.map(jnp.subtract, after.synapses.importance, before)
@@ -92,16 +95,16 @@ def boundaries(model: MLP, count: int) -> dict[str, Boundary]:
         )
 
     def biased(carry):
-        return equation_5(carry, carry.opt_state[0])
+        return equation_5(carry, carry.opt_state["si"])
 
     def unbiased(carry):
-        synaptic, watched, *_ = carry.opt_state
+        synaptic, watched = carry.opt_state["si"], carry.opt_state["watched"]
         # As in the core, the last step is credited with its own gradient.
         synaptic = with_path_integral(synaptic, watched.path_integral)
         return equation_5(carry, synaptic)
 
     def bias(carry):
-        synaptic, watched, *_ = carry.opt_state
+        synaptic, watched = carry.opt_state["si"], carry.opt_state["watched"]
         both = synaptic.synapses.path_integral, watched.path_integral
         # The last step has none: in both it is credited with its own gradient.
         synaptic = synaptic._replace(last_params=carry.params)
@@ -131,15 +134,21 @@ def boundaries(model: MLP, count: int) -> dict[str, Boundary]:
         "root fisher": consolidate_importance(root, count),
         "fisher": consolidate_fisher(model, count),
         "mas": consolidate_sensitivity(model, count),
-        "absolute": added(lambda carry: carry.opt_state[1].absolute),
-        "squared": added(lambda carry: carry.opt_state[1].squared),
+        "absolute": added(lambda carry: carry.opt_state["watched"].absolute),
+        "squared": added(lambda carry: carry.opt_state["watched"].squared),
         "hessian": consolidate_importance(hessian, count),
     }
 
 
-def number(name: str) -> float:
-    """Which of :func:`boundaries`, as a hyperparameter; fine-tuning has any, c = 0."""
-    return float(max(tuple(TITLES).index(name) - 1, 0))
+def holding(run: Run, name: str) -> Run:
+    """The same, old tasks held with one of the importances.
+
+    Which one is a hyperparameter, its number in :func:`boundaries`, so that all share a
+    program; fine-tuning has any, with c = 0.
+    """
+    number = float(max(tuple(TITLES).index(name) - 1, 0))
+    values = {**run.hyperparameters, "importance": number}
+    return dataclasses.replace(run, hyperparameters=values)
 
 
 def make_learner(config: Config, batch_size: int) -> Callable[..., Learner]:
@@ -148,20 +157,19 @@ def make_learner(config: Config, batch_size: int) -> Callable[..., Learner]:
     every = tuple(boundaries(model, config.importance_examples).values())
 
     def make(strength: jax.Array, damping: jax.Array, importance: jax.Array) -> Learner:
-        tx = optax.chain(
-            si_jax.synaptic_intelligence(0.0, damping),
-            watch(),
-            ewc.elastic_weight_consolidation(strength, decay=1.0),
-            optax.adam(config.learning_rate),
+        tx = optax.named_chain(
+            ("si", si_jax.synaptic_intelligence(0.0, damping)),
+            ("watched", watch()),
+            ("ewc", ewc.elastic_weight_consolidation(strength, decay=1.0)),
+            ("adam", optax.adam(config.learning_rate)),
         )
 
         def chosen(*arguments):
             return jax.lax.switch(importance.astype(jnp.int32), every, *arguments)
 
         def watch_afresh(carry, *_):
-            synaptic, _, *others = carry.opt_state
-            fresh = (synaptic, watch().init(carry.params), *others)
-            return carry._replace(opt_state=fresh)
+            fresh = {"watched": watch().init(carry.params)}
+            return carry._replace(opt_state=carry.opt_state | fresh)
 
         return learner(
             model,
