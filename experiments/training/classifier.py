@@ -15,7 +15,10 @@ from experiments.training.loop import (
     Epoch,
     Learner,
     Model,
+    check_parts,
+    descend,
     if_finite,
+    in_turn,
     sum_over_parts,
     with_synapses,
 )
@@ -53,26 +56,16 @@ def learner(
     Raises:
       ValueError: if ``micro_batch`` does not divide ``batch_size``.
     """
-    if micro_batch and batch_size % micro_batch:
-        raise ValueError(
-            f"micro_batch must divide the batch size {batch_size}, got {micro_batch}."
-        )
+    check_parts(batch_size, micro_batch)
 
     def init(key: jax.Array) -> Carry:
         params = model.init(key, jnp.zeros((1, *image_shape)))
         return Carry(params, tx.init(params))
 
-    def finish(
-        carry: Carry, examples: AnyExamples, task: Task, key: jax.Array
-    ) -> Carry:
-        for step in boundary:
-            carry = step(carry, examples, task, key)
-        return carry
-
     return Learner(
         init,
         _epoch_of(model, tx, batch_size, dropout, micro_batch),
-        finish,
+        in_turn(boundary),
         _evaluate_of(model, micro_batch or 1000),
     )
 
@@ -130,21 +123,14 @@ def _epoch_of(
         order_key, dropout_key = jax.random.split(key) if dropout else (key, key)
         order = shuffle(task, order_key)
 
-        def step(i, running):
-            (params, opt_state), seen = running
+        def of_batch(i, params):
             batch = _gather(examples, task, order, i, batch_size)
-            key = jax.random.fold_in(dropout_key, i)
-            grads, new = gradient(params, task.classes, batch, key)
-            updates, opt_state = tx.update(grads, opt_state, params)
-            params = optax.apply_updates(params, updates)
-            return (params, opt_state), jax.tree.map(jnp.add, seen, new)
+            return gradient(
+                params, task.classes, batch, jax.random.fold_in(dropout_key, i)
+            )
 
         steps = (task.size + batch_size - 1) // batch_size
-        zero = jnp.zeros(())
-        (params, opt_state), (total, correct) = jax.lax.fori_loop(
-            0, steps, step, ((carry.params, carry.opt_state), (zero, zero))
-        )
-        end = carry._replace(params=params, opt_state=opt_state)
+        end, (total, correct) = descend(tx, carry, steps, of_batch)
         size = task.size.astype(jnp.float32)
         mean_loss = _sample_loss_of(model, examples, task, micro_batch)
         report = Epoch(

@@ -19,7 +19,10 @@ from experiments.training.loop import (
     Carry,
     Epoch,
     Learner,
+    check_parts,
+    descend,
     if_finite,
+    in_turn,
     sum_over_parts,
     with_synapses,
 )
@@ -203,10 +206,7 @@ def learner(
       >>> print(pieces.evaluate(carry, texts, windows).round(1))
       [0.]
     """
-    if micro_batch and batch_size % micro_batch:
-        raise ValueError(
-            f"micro_batch must divide the batch size {batch_size}, got {micro_batch}."
-        )
+    check_parts(batch_size, micro_batch)
 
     def measures(params: optax.Params, windows: jax.Array) -> tuple[Any, Any]:
         """The part's share of the mean loss in nats; its sums of losses and hits."""
@@ -225,28 +225,15 @@ def learner(
     def epoch(
         carry: Carry, texts: Texts, stage: Stage, key: jax.Array
     ) -> tuple[Carry, Epoch]:
-        def step(i, running):
-            (params, opt_state), seen = running
-            own = jax.random.fold_in(key, i)
-            windows = draw(texts, stage.shares, own, batch_size, length + 1)
-            grads, new = gradient(params, windows)
-            updates, opt_state = tx.update(grads, opt_state, params)
-            params = optax.apply_updates(params, updates)
-            return (params, opt_state), jax.tree.map(jnp.add, seen, new)
+        def of_batch(i, params):
+            batch_key = jax.random.fold_in(key, i)
+            windows = draw(texts, stage.shares, batch_key, batch_size, length + 1)
+            return gradient(params, windows)
 
-        zero = jnp.zeros(())
-        (params, opt_state), (total, hits) = jax.lax.fori_loop(
-            0, stage.steps, step, ((carry.params, carry.opt_state), (zero, zero))
-        )
-        end = carry._replace(params=params, opt_state=opt_state)
+        end, (total, hits) = descend(tx, carry, stage.steps, of_batch)
         seen = stage.steps.astype(jnp.float32) * (batch_size * length)
         report = Epoch(loss=total / seen, accuracy=if_finite(total, hits) / seen)
         return end, with_synapses(report, carry, end)
-
-    def finish(carry: Carry, texts: Texts, stage: Stage, key: jax.Array) -> Carry:
-        for step in boundary:
-            carry = step(carry, texts, stage, key)
-        return carry
 
     def evaluate(carry: Carry, texts: Texts, starts: jax.Array) -> jax.Array:
         def bits(starts):
@@ -259,7 +246,7 @@ def learner(
 
         return jax.lax.map(bits, jnp.asarray(starts))
 
-    return Learner(start, epoch, finish, evaluate)
+    return Learner(start, epoch, in_turn(boundary), evaluate)
 
 
 def predicted(

@@ -5,7 +5,7 @@ one epoch at a time; :func:`train` is the whole run as one function, to ``jit``,
 ``vmap`` or ``pmap``. Both give the same.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -141,6 +141,58 @@ def remembering(learner: Learner, tasks: int) -> Learner:
         return learner.finish(carry, examples, task, key)
 
     return learner._replace(init=init, finish=finish)
+
+
+def descend(
+    tx: optax.GradientTransformation,
+    carry: Carry,
+    steps: jax.Array,
+    gradient: Callable[[jax.Array, optax.Params], tuple[optax.Updates, Any]],
+) -> tuple[Carry, tuple[jax.Array, jax.Array]]:
+    """Steps of an optimizer, in a compiled loop.
+
+    Args:
+      tx: the optimizer.
+      carry: where to begin.
+      steps: how many, an int32 scalar.
+      gradient: ``(step, params) → (gradient, (loss, hits))``, of a batch; the latter
+        two are summed over its examples.
+
+    Returns:
+      The carry after the last step, and ``(loss, hits)`` summed over all of them.
+    """
+
+    def step(i, running):
+        (params, opt_state), seen = running
+        grads, new = gradient(i, params)
+        updates, opt_state = tx.update(grads, opt_state, params)
+        params = optax.apply_updates(params, updates)
+        return (params, opt_state), jax.tree.map(jnp.add, seen, new)
+
+    zero = jnp.zeros(())
+    (params, opt_state), seen = jax.lax.fori_loop(
+        0, steps, step, ((carry.params, carry.opt_state), (zero, zero))
+    )
+    return carry._replace(params=params, opt_state=opt_state), seen
+
+
+def in_turn(boundary: Sequence[Boundary]) -> Boundary:
+    """One after the other, with one key."""
+
+    def finish(carry: Carry, examples: Any, task: Any, key: jax.Array) -> Carry:
+        for step in boundary:
+            carry = step(carry, examples, task, key)
+        return carry
+
+    return finish
+
+
+def check_parts(batch_size: int, micro_batch: int) -> None:
+    """Refuse parts that do not divide a batch."""
+    if micro_batch and batch_size % micro_batch:
+        raise ValueError(
+            f"micro_batch must divide the batch size {batch_size}, got {micro_batch}."
+        )
 
 
 def if_finite(value: jax.Array, then: jax.Array) -> jax.Array:
