@@ -12,8 +12,9 @@ import pytest
 
 import si_jax
 from experiments.benchmark import findings, steps
-from experiments.benchmark.__main__ import run
+from experiments.benchmark.__main__ import RUNS, run
 from experiments.benchmark.config import Config
+from experiments.benchmark.runs import WAYS, table
 from experiments.data.datasets import Examples
 from experiments.engine import command, timing
 from experiments.networks.models import MLP
@@ -194,6 +195,8 @@ def test_the_command(tmp_path, capsys, monkeypatch, tiny):
         out=tmp_path,
         nets=("split MNIST",),
         convolutions=False,
+        runs=(2,),
+        epochs=1,
         repetitions=2,
         large=5_000,
     )
@@ -205,9 +208,17 @@ def test_the_command(tmp_path, capsys, monkeypatch, tiny):
         "split MNIST, step by step",
         "update",
         "large tree",
+        RUNS,
     ]
     assert record["runs"]["large tree"]["parameters"] == 2 * 32 * 64
-    assert findings.table(record["summary"]) in capsys.readouterr().out
+    seconds = record["runs"][RUNS]["seconds"]
+    assert [(way, list(x)) for way, x in seconds.items()][:2] == [
+        (w, ["2"]) for w in WAYS
+    ]
+    assert record["summary"].pop(RUNS) == {}
+    printed = capsys.readouterr().out
+    assert findings.table(record["summary"]) in printed
+    assert table(seconds) in printed
     assert (tmp_path / "benchmark.png").stat().st_size > 10_000
     for found in record["summary"].values():
         assert list(found) == list(some)

@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 
 from experiments import (
-    benchmark_sweep,
     importance,
     permuted_mnist,
     split_cifar,
@@ -23,6 +22,7 @@ from experiments import (
     sweep,
 )
 from experiments.benchmark import findings as benchmark
+from experiments.benchmark import runs as benchmark_runs
 from experiments.engine import command
 from experiments.engine.choice import choose
 from experiments.engine.record import Record
@@ -168,7 +168,7 @@ def test_sweeps_are_the_records():
     assert f"{fresh['mean']:.4f} ± {fresh['sem']:.4f}" in text
 
     text = (ROOT / "docs/experiments.md").read_text()
-    assert benchmark_sweep.table(record("benchmark_sweep")["seconds"]) in text
+    assert benchmark_runs.table(record("benchmark_sweep")["seconds"]) in text
     full = record("benchmark_sweep_mnist")["seconds"]
     (theirs,), (ours,) = full["PyTorch"]["2"], full["one after another"]["2"]
     assert f"take {theirs / ours:.1f} times as long in PyTorch" in text

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 
+from experiments.benchmark import runs
 from experiments.benchmark.config import Config
 from experiments.benchmark.findings import figure, summarize, table
 from experiments.benchmark.steps import (
@@ -18,6 +19,9 @@ from experiments.benchmark.steps import (
 )
 from experiments.engine import command
 from experiments.engine.record import Record, is_first
+from experiments.split_mnist import NAMES
+
+RUNS = "Whole runs a second"
 
 
 def run(config: Config) -> None:
@@ -38,9 +42,14 @@ def run(config: Config) -> None:
     for name, timing in todo.items():
         if name not in record.runs:
             record.add(name, timing(config), summarize)
+    if config.runs and RUNS not in record.runs:
+        record.add(RUNS, runs.time_runs(config), lambda _: {})
     if is_first():
-        summary = record.content["summary"]
+        summary = {k: x for k, x in record.content["summary"].items() if x}
         print(table(summary))
+        if RUNS in record.runs:
+            print(f"\n{RUNS}: split {NAMES[config.data]}, {config.epochs} epochs")
+            print(runs.table(record.runs[RUNS]["seconds"]))
         record.save("benchmark", figure(summary))
 
 

@@ -8,7 +8,7 @@ from experiments.engine import command
 
 @dataclasses.dataclass(frozen=True)
 class Config(command.Options):
-    """Time of a training step, and of an update alone, by method.
+    """Time of a training step, of an update alone, and of whole runs, by method.
 
     The methods take turns, so that whatever else the machine does meets them alike (but
     for the large tree, whose states do not fit side by side); compilation is left out.
@@ -24,6 +24,12 @@ class Config(command.Options):
     """The paper's networks, with their batch sizes."""
     convolutions: bool = True
     """Time what makes the convolutional network fast, too."""
+    runs: tuple[int, ...] = (1, 2, 4, 10)
+    """Numbers of whole runs of split MNIST in one program; none: leave them out."""
+    data: Literal["tfds", "mnist5k"] = "mnist5k"
+    """The digits of the whole runs."""
+    epochs: int = 5
+    """Of the whole runs, passes over each task."""
     repetitions: int = 9
     """Timings of each method."""
     large: int = 100_000_000
@@ -31,6 +37,8 @@ class Config(command.Options):
 
     def __post_init__(self):
         """Refuse values that make no sense."""
-        self.check(positive=(), at_least_1=("repetitions",))
+        self.check(positive=(), at_least_1=("epochs", "repetitions"))
+        if min(self.runs, default=1) < 1:
+            raise ValueError(f"runs must be at least 1, got {self.runs}")
         if self.large < 0:
             raise ValueError(f"large must be >= 0, got {self.large}")
