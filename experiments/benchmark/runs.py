@@ -59,8 +59,8 @@ def time_runs(config: Config) -> dict[str, Any]:
     named = {f"{count} {way}": x for (way, count), x in programs.items()}
     times = take_turns(named, min(config.repetitions, 3))  # one takes seconds
     seconds: dict[str, dict[str, list[float]]] = {}
-    for (way, count), values in zip(programs, times.values(), strict=True):
-        seconds.setdefault(way, {})[count] = [round(x / 1e3, 4) for x in values]
+    for (way, number), values in zip(programs, times.values(), strict=True):
+        seconds.setdefault(way, {})[number] = [round(x / 1e3, 4) for x in values]
     return {"seconds": seconds}
 
 
