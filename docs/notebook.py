@@ -5,26 +5,27 @@ file beside it. A test holds the two in step.
 """
 
 import base64
-import json
 import re
 from pathlib import Path
-from typing import Any
+
+import jupytext
+from nbformat.v4 import new_code_cell, new_notebook
 
 DOCS = Path(__file__).parent
 INSTALL = """\
 try:
     import si_jax
-except ImportError:
-    %pip install -q si_jax
-"""
+except ImportError:  # before the first release, install it from a checkout
+    %pip install -q si_jax"""
+KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
 
 
 def notebook(page: Path) -> str:
     """Turn a page into a notebook: Python blocks into code cells, the rest into text.
 
     Args:
-      page: Markdown with images. A line that names a notebook leads to this one, and is
-        left out of it.
+      page: Markdown with images. A paragraph that names a notebook leads to this one,
+        and is left out of it.
 
     Returns:
       JSON in nbformat 4.4, the images inside, no outputs.
@@ -34,33 +35,17 @@ def notebook(page: Path) -> str:
         content = base64.b64encode((page.parent / image["path"]).read_bytes()).decode()
         return f"![{image['alt']}](data:image/png;base64,{content})"
 
-    text = re.sub(r"(?m)^.*\.ipynb.*\n\n", "", page.read_text())
+    text = re.sub(r"(?m)^.*\.ipynb.*\n(.+\n)*\n", "", page.read_text())
     text = re.sub(r"!\[(?P<alt>.*)\]\((?P<path>.+\.png)\)", embed, text)
-    prose, *rest = re.split(r"(?ms)^```python\n(.*?)^```\n", text)
-    cells = [_code(INSTALL), _text(prose)]
-    for code, prose in zip(rest[::2], rest[1::2], strict=True):
-        cells += [_code(code), _text(prose)]
-    kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
-    found = {
-        "cells": cells,
-        "metadata": {"kernelspec": kernel, "language_info": {"name": "python"}},
-        "nbformat": 4,
-        "nbformat_minor": 4,
-    }
-    return json.dumps(found, ensure_ascii=False, indent=1) + "\n"
-
-
-def _text(source: str) -> dict[str, Any]:
-    return {"cell_type": "markdown", "metadata": {}, "source": _lines(source)}
-
-
-def _code(source: str) -> dict[str, Any]:
-    empty = {"execution_count": None, "metadata": {}, "outputs": []}
-    return {"cell_type": "code", **empty, "source": _lines(source)}
-
-
-def _lines(source: str) -> list[str]:
-    return source.strip("\n").splitlines(keepends=True)
+    cells = [new_code_cell(INSTALL), *jupytext.reads(text, fmt="md").cells]
+    for cell in cells:
+        del cell["id"]  # they are random; nbformat 4.4 has none
+    made = new_notebook(
+        cells=cells,
+        metadata={"kernelspec": KERNEL, "language_info": {"name": "python"}},
+        nbformat_minor=4,
+    )
+    return jupytext.writes(made, fmt="ipynb") + "\n"
 
 
 if __name__ == "__main__":

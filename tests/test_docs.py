@@ -63,6 +63,7 @@ def test_code_prints_what_it_says(code):
 
 
 def test_the_notebook_is_made_of_the_page():
+    pytest.importorskip("jupytext")
     notebook = runpy.run_path(str(ROOT / "docs/notebook.py"))["notebook"]
     made = notebook(ROOT / "docs/learn.md")
     assert made == NOTEBOOK, "python docs/notebook.py makes it anew"
