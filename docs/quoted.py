@@ -93,13 +93,19 @@ def one_of(name, known, what):
     return name
 
 
+def parsed(name):
+    """A run's method and strength."""
+    method, _, strength = name.partition(" c=")
+    return method, float(strength or 0)
+
+
 def named(record, pattern):
     """The names of a record's runs that a marker means."""
     runs = read(record)["runs"]
-    fits = [x for x in runs if x == pattern]
-    fits = fits or [x for x in runs if x.split(" c=")[0] == pattern]
     if "*" in pattern:
         return [x for x in runs if fnmatchcase(x, pattern)]
+    fits = [x for x in runs if x == pattern]
+    fits = fits or [x for x in runs if parsed(x)[0] == pattern]
     if len(fits) != 1:
         one_of(pattern, list(runs), f"single run of {record},")
     return fits

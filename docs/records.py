@@ -12,7 +12,7 @@ over the seeds. FORMAT is Python's, by default .4f. TABLE is one of ``TABLES``.
 import re
 import sys
 
-from quoted import ROOT, number, one_of, read, value
+from quoted import ROOT, number, one_of, parsed, read, value
 
 from experiments import (
     benchmark,
@@ -30,50 +30,36 @@ from experiments.engine.tables import table
 
 
 def choices(*names):
-    """A row a strength, a column a record: accuracy on held-out data."""
+    """By method and strength, a column a record: accuracy on held-out data."""
     found = {}
     for name in names:
         for run in read(name)["runs"]:
-            method, c = f"{run} c=0".split(" c=")[:2]
-            row = found.setdefault((method, float(c)), dict.fromkeys(names, ""))
+            row = found.setdefault(parsed(run), dict.fromkeys(names, ""))
             row[name] = number(f"{name}.{run}.test .3f")
-    return found
+    first = sorted(found, key=lambda x: (x[0] == "ewc", x[1]))  # fine-tuning is c = 0
+    return [(method, f"{c:g}", *found[method, c].values()) for method, c in first]
+
+
+def markdown(*rows):
+    """A table, the first row its head."""
+    head, *body = (
+        "|" + "|".join(f" {x} " if x else " " for x in row) + "|" for row in rows
+    )
+    return "\n".join([head, "|" + "---|" * len(rows[0]), *body])
 
 
 def choice_of_split_cifar(content):
     """A row a strength."""
     rows = choices(content["name"])
-    lines = [f"| {c:g} | {rows[run, c][content['name']]} |" for run, c in order(rows)]
-    return "\n".join(["| c | accuracy |", "|---|---|", *lines])
+    return markdown(("c", "accuracy"), *(row[1:] for row in rows))
 
 
 def choice_of_permuted_mnist(content, quick):
     """A row a method and strength, the small record beside the other."""
     titles = {"si": "SI", "ewc": "EWC, c = λ/2"}
     rows = choices(content["name"], quick)
-    lines = [
-        "|".join(
-            [
-                "",
-                f" {titles[run]} ",
-                f" {c:g} ",
-                *map(cell_of, rows[run, c].values()),
-                "",
-            ]
-        )
-        for run, c in order(rows)
-    ]
-    return "\n".join(["| | c | the paper's | small |", "|---|---|---|---|", *lines])
-
-
-def cell_of(word):
-    """A cell of Markdown's tables."""
-    return f" {word} " if word else " "
-
-
-def order(rows):
-    """SI first, then the others, by strength; fine-tuning is c = 0."""
-    return sorted(rows, key=lambda x: (x[0] == "ewc", x[1]))
+    head = ("", "c", "the paper's", "small")
+    return markdown(head, *((titles[method], *row) for method, *row in rows))
 
 
 def grid_of_sweep(content):

@@ -116,7 +116,7 @@ def test_a_number_that_begins_a_line_is_refused():
 
 def test_every_marker_is_read():
     for page in records.pages():
-        markers = re.findall(r"<!-- (?:n|record|/n)\b", page.read_text())
+        markers = re.findall(r"<!--\s*(?:n|record|/n)\b", page.read_text())
         read = re.findall(records.NUMBER, page.read_text())
         tables = re.findall(records.TABLE, page.read_text())
         assert len(markers) == 2 * len(read) + len(tables), page.name
