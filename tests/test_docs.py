@@ -213,6 +213,14 @@ def in_scenario(scenario, name, record="scenarios"):
     return value(f"{record}.{scenario}: {name}.test mean")
 
 
+def by_strength(scenario, name):
+    """Accuracy on held-out data, the mean over the seeds."""
+    grid = read("scenarios")["runs"][f"{scenario}: {name}, grid"]
+    seeds = len(set(grid["points"]["seed"]))
+    accuracy = value(f"scenarios.{scenario}: {name}, grid.test")
+    return accuracy.reshape(seeds, -1).mean(0)
+
+
 PENALTIES = "l2", "ewc", "mas", "si", "si fisher"
 TEXTS = read("finetune")["config"]
 
@@ -241,6 +249,12 @@ def forgotten():
     """By fine-tuning, of the prose, at its stopping points."""
     losses = np.mean(read("finetune")["runs"]["fine-tuning"]["test"], axis=0)[:, 0]
     return losses - after("pretraining")[0]
+
+
+def of_cost(number, one, other):
+    """A step of one kind of method by that of another."""
+    cost = read("finetune")["cost"]
+    return cost[one][number] / cost[other][number]
 
 
 NETS = "split MNIST", "permuted MNIST"
