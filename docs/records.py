@@ -156,7 +156,8 @@ TABLE = r"(?m)(^ *<!-- record: (.+) -->\n)(?:```\n(?s:.*?)\n```\n|(?:\|.*\n)*)()
 
 def pages():
     """The README and the documentation's pages."""
-    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
+    found = sorted((ROOT / "docs").glob("**/*.md"))
+    return [ROOT / "README.md", *(x for x in found if "_build" not in x.parts)]
 
 
 def main():
