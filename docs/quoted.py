@@ -18,22 +18,20 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments import (
-    finetune,
-    permuted_mnist,
-    scenarios,
-    split_cifar,
-    split_mnist,
-    sweep,
-    why,
-)
+from experiments import permuted_mnist, split_cifar, split_mnist, sweep
 from experiments.engine import command
+from experiments.engine.run import Label, with_fields
+from experiments.finetune import config as finetune
+from experiments.finetune import findings
+from experiments.scenarios import config as scenarios
+from experiments.why import config as why
+from experiments.why.findings import grid, shares
 from si_jax import metrics
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "experiments/results"
 EXPERIMENTS = {
-    module.__name__.removeprefix("experiments."): module
+    module.__name__.split(".")[1]: module
     for module in (
         finetune,
         permuted_mnist,
@@ -53,13 +51,14 @@ EXPERIMENTS = {
 def read(name):
     """A record: all that is known here of how one looks inside.
 
-    Its ``runs``, by name, have arrays ``(seeds, after tasks, on tasks)``, or numbers;
+    Its ``runs``, by name, have the fields of a label, and arrays ``(seeds, after tasks, on tasks)``, or numbers;
     ``settings`` are what it keeps, ``config`` is the experiment's with them.
     """
     known = sorted(path.stem for path in RESULTS.glob("*.json"))
     path = RESULTS / f"{one_of(name, known, 'record')}.json"
     content = json.loads(path.read_text())
     content |= {"name": name, "settings": content.pop("config")}
+    content["runs"] = with_fields(content.get("runs", {}))
     if content["experiment"] == "benchmark":
         content["runs"] = {
             f"{net}: {method}": numbers
@@ -75,7 +74,7 @@ def configuration(experiment, name, settings):
     """A record's: the file that its name begins with, and what the record keeps."""
     files = sorted((ROOT / "configs").glob("*.toml"), key=lambda x: len(x.stem))
     (*_, file) = (x for x in files if name.startswith(x.stem))
-    module = experiment.__name__.removeprefix("experiments.")
+    module = experiment.__name__.split(".")[1]
     config = command.parse(experiment.Config, module, ["--config", str(file)])
     fields = {x.name for x in dataclasses.fields(config)}
     kept = {
@@ -93,10 +92,10 @@ def one_of(name, known, what):
     return name
 
 
-def parsed(name):
-    """A run's method and strength."""
-    method, _, strength = name.partition(" c=")
-    return method, float(strength or 0)
+def of_method(run):
+    """A run's name without its strength."""
+    fields = {k: run.get(k) for k in ("method", "scenario", "batch_size", "role")}
+    return str(Label(**fields))
 
 
 def named(record, pattern):
@@ -105,7 +104,7 @@ def named(record, pattern):
     if "*" in pattern:
         return [x for x in runs if fnmatchcase(x, pattern)]
     fits = [x for x in runs if x == pattern]
-    fits = fits or [x for x in runs if parsed(x)[0] == pattern]
+    fits = fits or [x for x, run in runs.items() if of_method(run) == pattern]
     if len(fits) != 1:
         one_of(pattern, list(runs), f"single run of {record},")
     return fits
@@ -113,7 +112,7 @@ def named(record, pattern):
 
 def accuracy(split, record, name):
     """``(seeds, tasks)``: after all tasks."""
-    return split_cifar.final(read(record)["runs"][name], name, split)
+    return split_cifar.final(read(record)["runs"][name], split)
 
 
 def over_time(measure, record, name):
@@ -164,9 +163,9 @@ AUTHORS_DEVIATIONS = {
 }
 
 
-def shares(record, name):
+def of_bias(record, name):
     """The parts of Σω that are bias, ``(networks,)`` each."""
-    return why.shares(read(record)["runs"][name]["ω"])
+    return shares(read(record)["runs"][name]["ω"])
 
 
 def of_omega(measure, record, name, layer):
@@ -185,8 +184,8 @@ MEASURES = {
     "forgetting": functools.partial(over_time, metrics.forgetting),
     "seeds": lambda record, name: len(read(record)["runs"][name]["test"]),
     "minutes": lambda record, name: read(record)["runs"][name].get("seconds", 0) / 60,
-    "noise": lambda record, name: shares(record, name)["noise"],
-    "bias": lambda record, name: sum(shares(record, name).values()),
+    "noise": lambda record, name: of_bias(record, name)["noise"],
+    "bias": lambda record, name: sum(of_bias(record, name).values()),
     "rank": functools.partial(correlation, "rank"),
     "linear": functools.partial(correlation, "linear"),
     "with_last": functools.partial(of_omega, permuted_mnist.with_last),
@@ -293,7 +292,7 @@ def noisy(least):
 
 def in_choice(name):
     """Forgetting in the choice of c, at the grid's smallest."""
-    run = read("why")["runs"][why.grid_name(2048, name)]
+    run = read("why")["runs"][str(grid(2048, name))]
     return metrics.forgetting(np.array(run["test"])[:1])
 
 
@@ -305,7 +304,7 @@ def lost(name):
 def grew(record, fraction):
     """By family: the loss on the old text at a part of what fine-tuning learns."""
     content = read(record)
-    found = finetune.at_equal_loss(content["config"], content["runs"], (fraction,))
+    found = findings.at_equal_loss(content["config"], content["runs"], (fraction,))
     return {name: values[:, 0] for name, values in found.items()}
 
 

@@ -12,30 +12,26 @@ over the seeds. FORMAT is Python's, by default .4f. TABLE is one of ``TABLES``.
 import re
 import sys
 
-from quoted import ROOT, number, one_of, parsed, read, value
+from quoted import ROOT, number, one_of, read, value
 
-from experiments import (
-    benchmark,
-    benchmark_sweep,
-    finetune,
-    importance,
-    permuted_mnist,
-    scenarios,
-    split_cifar,
-    split_mnist,
-    sweep,
-    why,
-)
+from experiments import importance, permuted_mnist, split_cifar, split_mnist, sweep
+from experiments.benchmark import findings as benchmark
+from experiments.benchmark import runs
 from experiments.engine.tables import table
+from experiments.finetune import findings as finetune
+from experiments.scenarios import findings as scenarios
+from experiments.scenarios.config import SCENARIOS
+from experiments.why import findings as why
 
 
 def choices(*names):
     """By method and strength, a column a record: accuracy on held-out data."""
     found = {}
     for name in names:
-        for run in read(name)["runs"]:
-            row = found.setdefault(parsed(run), dict.fromkeys(names, ""))
-            row[name] = number(f"{name}.{run}.test .3f")
+        for title, run in read(name)["runs"].items():
+            key = run["method"], run.get("strength", 0.0)
+            row = found.setdefault(key, dict.fromkeys(names, ""))
+            row[name] = number(f"{name}.{title}.test .3f")
     first = sorted(found, key=lambda x: (x[0] == "ewc", x[1]))  # fine-tuning is c = 0
     return [(method, f"{c:g}", *found[method, c].values()) for method, c in first]
 
@@ -97,7 +93,7 @@ TABLES = {
     ("sweep", "grid"): grid_of_sweep,
     ("scenarios", "choice"): lambda x: scenarios.choice_table(x["config"], x["runs"]),
     ("scenarios", "table"): lambda x: scenarios.table(
-        {s: scenarios.of_scenario(x["runs"], s) for s in scenarios.SCENARIOS}
+        {s: scenarios.of_scenario(x["runs"], s) for s in SCENARIOS}
     ),
     ("finetune", "equal"): lambda x: finetune.equal_table(x["config"], x["runs"]),
     ("finetune", "best"): lambda x: finetune.best_table(x["config"], x["runs"]),
@@ -110,7 +106,7 @@ TABLES = {
     ("why", "accuracy"): lambda x: why.accuracy_table(x["runs"]),
     ("importance", "table"): lambda x: importance.table(x["runs"]),
     ("benchmark", "table"): lambda x: benchmark.table(x["summary"]),
-    ("benchmark_sweep", "table"): lambda x: benchmark_sweep.table(x["seconds"]),
+    ("benchmark_sweep", "table"): lambda x: runs.table(x["seconds"]),
 }
 
 

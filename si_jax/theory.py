@@ -6,39 +6,14 @@ A quadratic loss :math:`E(\theta) = \frac{1}{2} (\theta - \theta^*)^T H
 components :math:`d^\alpha` along them. Full-batch gradient descent with a small
 learning rate earns every parameter :math:`\omega_k = Q_{kk}`, whatever the rate.
 
-Equation 13 of the paper lacks a factor ½, which :func:`path_integral_diagonal` has.
-(Its δ_ij is not right, either: for a single start Q has entries off the diagonal even
-where H has none. Only the diagonal is used.)
+Equation 13 of the paper, of a diagonal H, lacks a factor ½ that eq. 11 has. (Its δ_ij is
+not right, either: for a single start Q has entries off the diagonal even where H has
+none. Only the diagonal is used.)
 """
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
-
-
-def gradient_flow(
-    hessian: ArrayLike, discrepancy: ArrayLike, time: ArrayLike
-) -> jax.Array:
-    r"""Eq. 8, where gradient descent is: :math:`e^{-Ht/\tau} (\theta(0) - \theta^*)`.
-
-    Args:
-      hessian: H, symmetric, ``(n, n)``.
-      discrepancy: θ(0) − θ*, ``(n,)``.
-      time: t/τ, a scalar: the number of steps times the learning rate.
-
-    Returns:
-      θ(t) − θ*, ``(n,)``.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from si_jax import theory
-      >>> hessian = jnp.diag(jnp.array([0.0, 2.0]))
-      >>> print(theory.gradient_flow(hessian, jnp.ones(2), jnp.log(2.0)))
-      [1.   0.25]
-    """
-    eigenvalues, u = _spectrum(hessian)
-    decay = jnp.exp(-eigenvalues * jnp.asarray(time))
-    return u @ (decay * (u.mT @ jnp.asarray(discrepancy)))
 
 
 def path_matrix(
@@ -82,73 +57,6 @@ def path_matrix(
     modes = jnp.where(moves, a * b / jnp.where(moves, denominator, 1), 0)
     components = u * d[None, :]
     return components @ modes @ components.mT
-
-
-def mean_path_matrix(hessian: ArrayLike, variance: ArrayLike) -> jax.Array:
-    r"""Eq. 12: Q averaged over starts, :math:`\frac{1}{2} \sigma^2 H`.
-
-    Args:
-      hessian: H, ``(n, n)``.
-      variance: σ², of every component of the discrepancies, which are uncorrelated and
-        zero on average.
-
-    Returns:
-      ``(n, n)``.
-
-    Example:
-      >>> from si_jax import theory
-      >>> print(theory.mean_path_matrix([[2.0]], 0.5))
-      [[0.5]]
-    """
-    return jnp.asarray(variance) * jnp.asarray(hessian) / 2
-
-
-def path_integral_diagonal(hessian: ArrayLike, discrepancy: ArrayLike) -> jax.Array:
-    r"""Eq. 13 with its ½: ω of a diagonal Hessian, :math:`\frac{1}{2} (d^i)^2 H_{ii}`.
-
-    Divided by :math:`\Delta_i^2 = (d^i)^2` this is H/2, not H. So with c = 1 the
-    surrogate loss c Σ Ω (θ̃ − θ)² is the loss itself.
-
-    Args:
-      hessian: the diagonal of H, ``(n,)``.
-      discrepancy: θ(0) − θ*, ``(n,)``.
-
-    Returns:
-      ω, ``(n,)``.
-
-    Example:
-      >>> from si_jax import theory
-      >>> print(theory.path_integral_diagonal([1.0, 4.0], [1.0, 0.5]))
-      [0.5 0.5]
-    """
-    return jnp.square(jnp.asarray(discrepancy)) * jnp.asarray(hessian) / 2
-
-
-def path_matrix_rank_one(hessian: ArrayLike, discrepancy: ArrayLike) -> jax.Array:
-    r"""Eq. 14: Q of a Hessian of rank one, :math:`\frac{1}{2} (d^1)^2 H`.
-
-    Then only the component along :math:`u^1` moves, :math:`\Delta_i = -d^1 u_i^1`, so
-    that :math:`\Omega_i = \omega_i / \Delta_i^2 = \lambda^1 / 2` for every parameter
-    that moves at all; it is not the diagonal of H, as the paper has it.
-
-    Args:
-      hessian: H of rank one, ``(n, n)``.
-      discrepancy: θ(0) − θ*, ``(n,)``.
-
-    Returns:
-      Q, ``(n, n)``.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from si_jax import theory
-      >>> print(theory.path_matrix_rank_one([[1.0, 1.0], [1.0, 1.0]], [2.0, 0.0]))
-      [[1. 1.]
-       [1. 1.]]
-    """
-    hessian, discrepancy = jnp.asarray(hessian), jnp.asarray(discrepancy)
-    # (d¹)² is what H makes of the discrepancy, over λ¹ = tr H.
-    squared = discrepancy @ hessian @ discrepancy / jnp.trace(hessian)
-    return squared * hessian / 2
 
 
 def importance(

@@ -17,10 +17,11 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import finetune, permuted_mnist, split_cifar
+from experiments import permuted_mnist, split_cifar
 from experiments.engine import command
-from experiments.engine.choice import choose
 from experiments.engine.record import Record
+from experiments.finetune import findings as finetune
+from experiments.finetune import methods as families
 from si_jax.metrics import standard_error
 
 ROOT = Path(__file__).parent.parent
@@ -242,7 +243,7 @@ def after(run):
 
 def third(name):
     """The same after the third text, of a family."""
-    return after(finetune.third(chosen()[name][0]))
+    return after(str(families.third(chosen()[name][0])))
 
 
 def forgotten():
