@@ -51,8 +51,9 @@ EXPERIMENTS = {
 def read(name):
     """A record: all that is known here of how one looks inside.
 
-    Its ``runs``, by name, have the fields of a label, and arrays ``(seeds, after tasks, on tasks)``, or numbers;
-    ``settings`` are what it keeps, ``config`` is the experiment's with them.
+    Its ``runs``, by name, have the fields of a label, and arrays ``(seeds, after tasks,
+    on tasks)``, or numbers; ``settings`` are what it keeps, ``config`` is the
+    experiment's with them.
     """
     known = sorted(path.stem for path in RESULTS.glob("*.json"))
     path = RESULTS / f"{one_of(name, known, 'record')}.json"

@@ -14,7 +14,7 @@ import sys
 
 from quoted import ROOT, number, one_of, read, value
 
-from experiments import importance, permuted_mnist, split_cifar, split_mnist, sweep
+from experiments import permuted_mnist, split_cifar, split_mnist, sweep
 from experiments.benchmark import findings as benchmark
 from experiments.benchmark import runs
 from experiments.engine.tables import table
@@ -104,7 +104,6 @@ TABLES = {
     ("why", "correlation"): lambda x: why.correlation_table(x["runs"], "si"),
     ("why", "choice"): lambda x: why.choice_table(x["config"], x["runs"]),
     ("why", "accuracy"): lambda x: why.accuracy_table(x["runs"]),
-    ("importance", "table"): lambda x: importance.table(x["runs"]),
     ("benchmark", "table"): lambda x: benchmark.table(x["summary"]),
     ("benchmark_sweep", "table"): lambda x: runs.table(x["seconds"]),
 }

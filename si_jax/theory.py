@@ -6,8 +6,8 @@ A quadratic loss :math:`E(\theta) = \frac{1}{2} (\theta - \theta^*)^T H
 components :math:`d^\alpha` along them. Full-batch gradient descent with a small
 learning rate earns every parameter :math:`\omega_k = Q_{kk}`, whatever the rate.
 
-Equation 13 of the paper, of a diagonal H, lacks a factor ½ that eq. 11 has. (Its δ_ij is
-not right, either: for a single start Q has entries off the diagonal even where H has
+Equation 13 of the paper, of a diagonal H, lacks a factor ½ that eq. 11 has. (Its δ_ij
+is not right, either: for a single start Q has entries off the diagonal even where H has
 none. Only the diagonal is used.)
 """
 

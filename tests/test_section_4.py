@@ -5,10 +5,9 @@ import json
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
-from experiments import figures, importance, quadratic, split_mnist, surrogate
+from experiments import quadratic, surrogate
 from experiments.engine import command
 
 
@@ -106,83 +105,7 @@ def test_error_falls_with_the_learning_rate_and_averages_are_half_the_hessian(tm
     )
 
 
-# --- Importances ----------------------------------------------------------------------
-
-
-def test_correlations_leave_out_what_is_dead():
-    hessian = np.array([0.0, 0.0, 1.0, 2.0, 3.0])
-    layer = {
-        "Hessian": hessian,
-        "importance": hessian**3 + 1,
-        "path integral": -hessian,
-        "Fisher, sampled": hessian,
-    }
-    found = importance.correlate(layer)
-    assert found["alive"] == 0.6
-    assert found["importance"]["rank"] == pytest.approx(1)
-    assert found["importance"]["linear"] < 1
-    assert found["path integral"]["rank"] == pytest.approx(-1)
-
-
-def test_importances_of_a_small_network(tmp_path):
-    config = importance.Config(
-        out=tmp_path, data="mnist5k", seeds=2, epochs=1, hidden=(8,), examples=100
-    )
-    runs = run(importance, config)
-    assert list(runs) == ["seed 0", "seed 1"]
-    for found in runs.values():
-        assert list(found["correlations"]) == ["layer 1", "layer 2"]
-        first = found["correlations"]["layer 1"]
-        assert first["Fisher, sampled"]["rank"] > 0.9
-        assert 0.2 < first["alive"] < 1
-    lines = importance.table(runs).splitlines()
-    assert lines[1].startswith("layer 1")
-    figure = figures.importances(runs["seed 0"]["sample"])
-    assert [panel.get_title() for panel in figure.axes] == ["layer 1", "layer 2"]
-
-
-@pytest.mark.slow
-def test_hessian_is_the_losses(monkeypatch):
-    """The Fisher information that stands for it, against the Hessian of the loss."""
-    config = importance.Config(data="mnist5k", epochs=1, hidden=(3,), examples=800)
-    trees = {}
-    original = importance.fisher
-
-    def keep(logits, params, *args, **kwargs):
-        found = original(logits, params, *args, **kwargs)
-        if kwargs.get("exact"):
-            trees["logits"] = logits
-        return found
-
-    monkeypatch.setattr(importance, "fisher", keep)
-    problem = split_mnist.make_problem(config)
-    with jax.numpy_dtype_promotion("standard"):
-        layers = importance.measure(config, problem, 0)
-        learner = split_mnist.make_learner(config, optax.adam(1e-3))(0.0, 1e-3)
-        carry = jax.jit(learner.init)(importance.init_key(jax.random.key(0)))
-        task = jax.tree.map(lambda x: x[0], problem.train_tasks)
-        key = importance.epoch_key(jax.random.key(0), 0, 0)
-        carry, _ = jax.jit(learner.epoch)(carry, problem.train, task, key)
-        images, labels = importance.look_up(problem.train, task.rows[:800])
-
-        def loss(kernel):
-            params = carry.params["params"]
-            layer = params["Dense_1"] | {"kernel": kernel}
-            params = {"params": params | {"Dense_1": layer}}
-            logits = jax.vmap(trees["logits"], (None, 0))(params, images)
-            return optax.softmax_cross_entropy_with_integer_labels(
-                logits, labels
-            ).mean()
-
-        kernel = carry.params["params"]["Dense_1"]["kernel"]
-        hessian = jax.jit(jax.hessian(loss))(kernel)
-        hessian = hessian.reshape(kernel.size, kernel.size)
-    np.testing.assert_allclose(
-        layers["layer 2"]["Hessian"].ravel(), jnp.diag(hessian), rtol=1e-3, atol=1e-7
-    )
-
-
-@pytest.mark.parametrize("experiment", [quadratic, surrogate, importance])
+@pytest.mark.parametrize("experiment", [quadratic, surrogate])
 def test_shipped_configurations_are_the_defaults(experiment):
     name = experiment.__name__.split(".")[-1]
     assert command.parse(experiment.Config, name, []) == experiment.Config()

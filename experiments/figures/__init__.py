@@ -8,7 +8,7 @@ from experiments.figures.accuracy import (
     heat_map,
 )
 from experiments.figures.style import COLOURS, METHODS
-from experiments.figures.theory import importances, quadratic, surrogate, trajectories
+from experiments.figures.theory import quadratic, surrogate, trajectories
 
 __all__ = [
     "COLOURS",
@@ -18,7 +18,6 @@ __all__ = [
     "correlations",
     "final_accuracy",
     "heat_map",
-    "importances",
     "quadratic",
     "surrogate",
     "trajectories",

@@ -172,30 +172,3 @@ def surrogate(found: Mapping[str, Any]) -> Figure:
     axes.set_ylabel("Loss")
     figure.legend(loc="outside lower center", ncols=3, frameon=False)
     return figure
-
-
-@styled
-def importances(layers: Mapping[str, Mapping[str, ArrayLike]]) -> Figure:
-    """SI's importance against the diagonal of the Hessian, parameter by parameter.
-
-    Args:
-      layers: for each layer ``"Hessian"`` and ``"importance"``, ``(parameters,)``.
-
-    Returns:
-      A panel a layer, on logarithmic axes: what is not positive is left out.
-    """
-    size = (2.6 * len(layers), 2.7)
-    figure = Figure(figsize=size, layout="constrained")
-    panels = figure.subplots(1, len(layers), squeeze=False)[0]
-    for panel, (name, found) in zip(panels, layers.items(), strict=True):
-        hessian, omega = (
-            np.asarray(found["Hessian"]),
-            np.asarray(found["importance"]),
-        )
-        drawn = (hessian > 0) & (omega > 0)
-        panel.loglog(hessian[drawn], omega[drawn], ".", markersize=2, alpha=0.5)
-        panel.locator_params(axis="x", numticks=4)
-        panel.set_title(name)
-        panel.set_xlabel("Hessian, diagonal")
-    panels[0].set_ylabel("Ω of Synaptic Intelligence")
-    return figure
