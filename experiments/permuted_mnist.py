@@ -28,7 +28,7 @@ from experiments.engine.tables import (
     seeds_row,
 )
 from experiments.networks.models import MLP
-from experiments.split_mnist import NAMES, check_strengths
+from experiments.split_mnist import NAMES
 from experiments.training.boundaries import consolidate, consolidate_fisher
 from experiments.training.classifier import learner
 from experiments.training.loop import Boundary, Learner, remembering
@@ -106,18 +106,14 @@ class Config(command.Options):
         self.check(
             positive=("learning_rate", "damping", "sgd_learning_rate"),
             at_least_1=("seeds", "epochs", "batch_size", "tasks", "fisher_examples"),
+            shares=("dropout", "held_out"),
+            strengths=("strengths", "ewc_strengths"),
+            named=("methods",),
         )
         if min(self.hidden, default=0) < 1:
             raise ValueError(
                 f"hidden must be widths of at least 1, and one or more: {self.hidden}"
             )
-        check_strengths("strengths", self.strengths)
-        check_strengths("ewc_strengths", self.ewc_strengths)
-        if not self.methods:
-            raise ValueError("methods must name at least one")
-        for name in ("dropout", "held_out"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
 
 
 def make_learner(

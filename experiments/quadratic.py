@@ -53,7 +53,7 @@ class Config(command.Options):
 
     def __post_init__(self):
         """Refuse values that make no sense."""
-        self.check(positive=(), at_least_1=("starts", "epochs", "seeds"))
+        self.check(at_least_1=("starts", "epochs", "seeds"))
         for name in ("learning_rates", "batch_sizes", "noisy_learning_rates"):
             if not min(getattr(self, name), default=0) > 0:
                 raise ValueError(f"{name} must be > 0, got {getattr(self, name)}")

@@ -25,7 +25,6 @@ from experiments.engine.tables import (
     seeds_row,
 )
 from experiments.networks.models import CNN
-from experiments.split_mnist import check_strengths
 from experiments.training.boundaries import consolidate, reset
 from experiments.training.classifier import learner
 from experiments.training.loop import Learner
@@ -78,20 +77,12 @@ class Config(command.Options):
         """Refuse values that make no sense."""
         self.check(
             positive=("learning_rate", "damping"),
+            at_least_0=("micro_batch", "examples"),
             at_least_1=("seeds", "epochs", "batch_size"),
+            shares=("held_out",),
+            strengths=("strengths",),
+            named=("methods",),
         )
-        check_strengths("strengths", self.strengths)
-        if not self.methods:
-            raise ValueError("methods must name at least one")
-        if min(self.micro_batch, self.examples) < 0:
-            raise ValueError("micro_batch and examples must be >= 0")
-        if self.micro_batch and self.batch_size % self.micro_batch:
-            raise ValueError(
-                f"micro_batch must divide batch_size: {self.micro_batch}, "
-                f"{self.batch_size}"
-            )
-        if not 0 <= self.held_out < 1:
-            raise ValueError(f"held_out must be in [0, 1), got {self.held_out}")
 
 
 def groups(config: Config) -> list[range]:

@@ -75,21 +75,13 @@ class Config(Setting):
     def __post_init__(self):
         """Refuse values that make no sense."""
         super().__post_init__()
-        self.check(positive=("damping",), at_least_1=("seeds",))
-        check_strengths("strengths", self.strengths)
+        self.check(
+            positive=("damping",), at_least_1=("seeds",), strengths=("strengths",)
+        )
         if not 0 <= self.sgd_learning_rate < math.inf:
             raise ValueError(
                 f"sgd_learning_rate must be >= 0, got {self.sgd_learning_rate}"
             )
-
-
-def check_strengths(name: str, strengths: tuple[float, ...]) -> None:
-    """Refuse strengths that make no sense, for ``__post_init__``."""
-    for value in strengths:
-        if not 0 <= value < math.inf:
-            raise ValueError(f"{name} must be >= 0, got {value}")
-    if len({f"{c:g}" for c in strengths}) < max(len(strengths), 1):
-        raise ValueError(f"{name} must be one or more, and differ: {strengths}")
 
 
 def runs(config: Config) -> list[Run]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -14,7 +15,6 @@ import si_jax
 from experiments import figures
 from experiments.engine import command
 from experiments.engine.record import Record, is_first
-from experiments.split_mnist import check_strengths
 
 Loss = Callable[[jax.Array], jax.Array]
 
@@ -35,7 +35,8 @@ class Config(command.Options):
     def __post_init__(self):
         """Refuse values that make no sense."""
         self.check(positive=("learning_rate", "damping"), at_least_1=("steps",))
-        check_strengths("strength", (self.strength,))
+        if not 0 <= self.strength < math.inf:
+            raise ValueError(f"strength must be >= 0, got {self.strength}")
 
 
 def task_1(theta: jax.Array) -> jax.Array:

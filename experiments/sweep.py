@@ -40,8 +40,7 @@ class Config(split_mnist.Setting):
     def __post_init__(self):
         """Refuse values that make no sense."""
         super().__post_init__()
-        self.check(positive=(), at_least_1=("seeds",))
-        split_mnist.check_strengths("strengths", self.strengths)
+        self.check(at_least_1=("seeds",), strengths=("strengths",))
         if not 0 < self.held_out < 1:
             raise ValueError(f"held_out must be between 0 and 1, got {self.held_out}")
         if not min(self.dampings, default=0) > 0:

@@ -61,7 +61,7 @@ def test_a_missing_file_is_named():
     [
         ('epochs = "many"', [], "--epochs"),
         ("damping = 0.0", [], "damping must be > 0 and finite, got 0.0"),
-        ("", ["--strengths", "-1"], "strengths must be >= 0, got -1.0"),
+        ("", ["--strengths", "-1"], "strengths must be >= 0 and finite, got (-1.0,)"),
         ("seeds = 0", [], "seeds must be at least 1, got 0"),
         ("hidden = [8, 0]", [], "hidden widths must be at least 1"),
         ("", ["--epochs", "many"], "--epochs"),

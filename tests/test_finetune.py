@@ -273,7 +273,7 @@ def test_shipped_configurations_parse():
         (["--steps", "100"], "steps must be a multiple of 128"),
         (["--micro-batch", "3"], "micro_batch must divide batch_size"),
         (["--si-strengths", "-1"], "si_strengths must be >= 0"),
-        (["--third-steps", "-128"], "third_steps must be >= 0"),
+        (["--third-steps", "-128"], "third_steps must be at least 0"),
     ],
 )
 def test_values_that_make_no_sense_are_refused(arguments, message, capsys):

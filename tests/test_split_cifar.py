@@ -172,7 +172,7 @@ def test_the_authors_data_stand_beside_a_run_of_their_length():
     ("arguments", "message"),
     [
         (["--micro-batch", "100"], "micro_batch must divide batch_size"),
-        (["--examples", "-1"], "must be >= 0"),
+        (["--examples", "-1"], "examples must be at least 0"),
         (["--data", "cifar100"], "invalid choice"),
         (["--held-out", "1"], "held_out must be in [0, 1)"),
     ],

@@ -37,8 +37,6 @@ class Config(command.Options):
 
     def __post_init__(self):
         """Refuse values that make no sense."""
-        self.check(positive=(), at_least_1=("epochs", "repetitions"))
+        self.check(at_least_0=("large",), at_least_1=("epochs", "repetitions"))
         if min(self.runs, default=1) < 1:
             raise ValueError(f"runs must be at least 1, got {self.runs}")
-        if self.large < 0:
-            raise ValueError(f"large must be >= 0, got {self.large}")

@@ -48,17 +48,57 @@ class Options:
     PICKS: ClassVar[tuple[str, ...]] = ()
     """Settings that choose what to run, named in the results, and change none."""
 
-    def check(self, *, positive: tuple[str, ...], at_least_1: tuple[str, ...]) -> None:
-        """Refuse values that make no sense, for ``__post_init__``."""
-        for name in (*at_least_1, "checkpoint_every", "max_parallel"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+    def check(
+        self,
+        *,
+        positive: tuple[str, ...] = (),
+        at_least_0: tuple[str, ...] = (),
+        at_least_1: tuple[str, ...] = (),
+        shares: tuple[str, ...] = (),
+        strengths: tuple[str, ...] = (),
+        named: tuple[str, ...] = (),
+    ) -> None:
+        """Refuse values that make no sense, for ``__post_init__``.
+
+        Args:
+          positive: settings that are numbers above 0.
+          at_least_0: numbers of something, or none of it.
+          at_least_1: numbers of something.
+          shares: numbers from 0 up to, but not, 1.
+          strengths: tuples of numbers from 0 on, a method each.
+          named: tuples of names, one at least.
+        """
+        for least, names in (
+            (0, at_least_0),
+            (1, (*at_least_1, "checkpoint_every", "max_parallel")),
+        ):
+            for name in names:
+                value = getattr(self, name)
+                if value is not None and value < least:
+                    raise ValueError(f"{name} must be at least {least}, got {value}")
         for name in positive:
             if not 0 < np.float32(getattr(self, name)) < np.inf:  # as it is used
                 raise ValueError(
                     f"{name} must be > 0 and finite, got {getattr(self, name)}"
                 )
+        for name in shares:
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
+        for name in strengths:
+            values = getattr(self, name)
+            if not all(0 <= value < np.inf for value in values):
+                raise ValueError(f"{name} must be >= 0 and finite, got {values}")
+            if len({f"{c:g}" for c in values}) < max(len(values), 1):
+                raise ValueError(f"{name} must be one or more, and differ: {values}")
+        for name in named:
+            if not getattr(self, name):
+                raise ValueError(f"{name} must name at least one")
+        batch_size = getattr(self, "batch_size", 0)
+        parts = getattr(self, "micro_batch", 0)
+        if parts and batch_size % parts:
+            raise ValueError(
+                f"micro_batch must divide batch_size: {parts}, {batch_size}"
+            )
 
 
 class UserError(Exception):

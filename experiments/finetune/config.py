@@ -7,7 +7,6 @@ from typing import Annotated, ClassVar, Literal, get_args
 import tyro
 
 from experiments.engine import command
-from experiments.split_mnist import check_strengths
 
 Name = Literal[
     "fine-tuning",
@@ -118,20 +117,13 @@ class Config(command.Options):
                 *("batch_size", "pretraining_steps", "steps", "stops", "epochs"),
                 *("evaluated", "fisher_examples", "lora_rank"),
             ),
+            at_least_0=("micro_batch", "third_steps", "cost_turns"),
+            strengths=(
+                *("l2_strengths", "fisher_strengths", "mas_strengths"),
+                *("si_strengths", "slow_factors"),
+            ),
+            named=("methods",),
         )
-        for name in ("l2", "fisher", "mas", "si"):
-            check_strengths(f"{name}_strengths", getattr(self, f"{name}_strengths"))
-        check_strengths("slow_factors", self.slow_factors)
-        if not self.methods:
-            raise ValueError("methods must name at least one")
-        for name in ("micro_batch", "third_steps", "cost_turns"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be >= 0, got {getattr(self, name)}")
-        if self.micro_batch and self.batch_size % self.micro_batch:
-            raise ValueError(
-                f"micro_batch must divide batch_size: {self.micro_batch}, "
-                f"{self.batch_size}"
-            )
         if self.width % self.heads:
             raise ValueError(f"heads must divide width: {self.heads}, {self.width}")
         for name, parts in (

@@ -62,12 +62,12 @@ class Config(split_mnist.Setting):
         """Refuse values that make no sense."""
         super().__post_init__()
         counts = ("seeds", "grid_seeds", "importance_examples")
-        self.check(positive=("damping",), at_least_1=counts)
-        for name in ("l2", "si", "ewc", "mas"):
-            strengths = f"{name}_strengths"
-            split_mnist.check_strengths(strengths, getattr(self, strengths))
-        for name in ("scenario", "methods"):
-            if not getattr(self, name):
-                raise ValueError(f"{name} must name at least one")
+        methods = ("l2", "si", "ewc", "mas")
+        self.check(
+            positive=("damping",),
+            at_least_1=counts,
+            strengths=tuple(f"{name}_strengths" for name in methods),
+            named=("scenario", "methods"),
+        )
         if not 0 < self.held_out < 1:
             raise ValueError(f"held_out must be between 0 and 1, got {self.held_out}")
