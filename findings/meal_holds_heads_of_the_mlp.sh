@@ -14,8 +14,9 @@ folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 "${PYTHON:-python3.12}" -m venv "$folder/venv"
 "$folder/venv/bin/pip" install --quiet meal-bench==0.3.1 jax==0.11.2 jaxlib==0.11.2 flax==0.12.12 numpy==2.5.5
-git clone --quiet --filter=blob:none --no-checkout https://github.com/TTomilin/MEAL "$folder/MEAL"
-git -C "$folder/MEAL" checkout --quiet 057f86291096657f0353a882d6a3ee2209689261 -- experiments
+git clone --quiet --filter=blob:none --sparse --no-checkout https://github.com/TTomilin/MEAL "$folder/MEAL"
+git -C "$folder/MEAL" sparse-checkout set experiments
+git -C "$folder/MEAL" checkout --quiet 057f86291096657f0353a882d6a3ee2209689261
 cat > "$folder/program.py" <<'PYTHON'
 import sys
 

@@ -3,8 +3,7 @@
 
 In an environment that has what the first line of ``trainers/meal.py`` names::
 
-    python -m trainers.benchmark.meal choose runs/meal_choice.json
-    python -m trainers.benchmark.meal compare runs/meal.json
+    python -m trainers.benchmark.meal runs/meal.json
 
 Their IPPO, networks, kitchens, evaluation and measures, from their repository, as the
 package has the environments alone. Ours are the optimizer and a shorter budget.
@@ -32,10 +31,12 @@ URL = "https://github.com/TTomilin/MEAL"
 COMMIT = "057f86291096657f0353a882d6a3ee2209689261"
 FOLDER = Path(sys.prefix) / f"MEAL-{COMMIT[:7]}"
 if not FOLDER.exists():
-    clone = ["git", "clone", "-q", "--filter=blob:none", "--no-checkout", URL, FOLDER]
-    subprocess.run(clone, check=True)
-    checkout = ["git", "-C", FOLDER, "checkout", "-q", COMMIT, "--", "experiments"]
-    subprocess.run(checkout, check=True)
+    for command in [
+        ["clone", "-q", "--filter=blob:none", "--sparse", "--no-checkout", URL, FOLDER],
+        ["-C", FOLDER, "sparse-checkout", "set", "experiments"],
+        ["-C", FOLDER, "checkout", "-q", COMMIT],
+    ]:
+        subprocess.run(["git", *command], check=True)
 sys.path.insert(0, str(FOLDER))  # before our own package of that name
 
 from experiments.algos.ippo import IPPO, IPPOConfig
@@ -103,9 +104,14 @@ SETTINGS = {
     "log_interval": 25,
 }
 DAMPING = 1e-3
-CHOICE, COMPARISON = [4], [1, 2, 3]  # seeds, which make the kitchens, too
-GRID = [10.0, 1.0, 100.0]
-METHODS = ["ft", "ewc", "mas"]  # fine-tuning, and MEAL's at MEAL's strengths
+SEEDS = [1, 2]  # the kitchens, too
+ARMS = [  # fine-tuning, MEAL's methods at MEAL's strengths, and ours
+    ("ft", None),
+    ("ewc", None),
+    ("mas", None),
+    ("si", 1.0),
+    ("si", 10.0),
+]
 
 
 def actor(params):
@@ -170,47 +176,44 @@ def measures(run):
 
 
 def summary(runs):
-    """Mean, standard error and number of seeds of every measure of every method."""
+    """Mean, standard error and number of seeds, of every arm and measure."""
     table = {}
-    for method in dict.fromkeys(run["method"] for run in runs):
-        rows = [measures(run) for run in runs if run["method"] == method]
-        table[method] = {}
-        for name in rows[0]:
-            values = [row[name] for row in rows if row[name] is not None]
+    for method, strength in ARMS:
+        of_arm = [
+            measures(run)
+            for run in runs
+            if run["method"] == method and strength in (None, run["strength"])
+        ]
+        arm = method if strength is None else f"{method} c={strength:g}"
+        table[arm] = {}
+        for name in of_arm[0]:
+            values = [run[name] for run in of_arm if run[name] is not None]
             error = float(np.std(values, ddof=1) / len(values) ** 0.5)
-            table[method][name] = float(np.mean(values)), error, len(values)
+            table[arm][name] = float(np.mean(values)), error, len(values)
     return table
 
 
-def main(what, file):
-    """Write a record after every run; go on with one that was interrupted."""
+def main(file):
+    """Write a record, anew after every run; go on with one that was interrupted."""
     file = Path(file)
     runs = json.loads(file.read_text())["runs"] if file.exists() else []
-    if what == "choose":
-        todo = [("si", strength, seed) for strength in GRID for seed in CHOICE]
-    else:
-        chosen = json.loads((Path(__file__).parent / "meal_choice.json").read_text())
-        arms = [*((method, None) for method in METHODS), ("si", chosen["chosen"])]
-        todo = [(*arm, seed) for arm in arms for seed in COMPARISON]
     packages = ["meal-bench", "jax", "flax", "optax", "numpy"]
     record = {
-        "command": f"python -m trainers.benchmark.meal {what}",
+        "command": "python -m trainers.benchmark.meal",
         "settings": {**SETTINGS, "difficulty": "easy", "damping": DAMPING},
         "versions": {
             **{package: importlib.metadata.version(package) for package in packages},
             "MEAL": COMMIT,
             "si_jax": si_jax.__version__,
             "python": platform.python_version(),
-            "machine": f"{platform.machine()}, one core",
+            "machine": f"{platform.machine()}, {jax.devices()[0].device_kind}",
         },
     }
+    todo = [(*arm, seed) for arm in ARMS for seed in SEEDS]
     for arm in todo[len(runs) :]:
         runs.append(train(*arm))
         print(*arm, measures(runs[-1]), flush=True)
-        if what == "choose":
-            best = max(runs, key=lambda run: measures(run)["average performance"])
-            record["chosen"] = best["strength"]
-        elif len(runs) == len(todo):
+        if len(runs) == len(todo):
             record["summary"] = summary(runs)
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps({**record, "runs": runs}, indent=1) + "\n")
