@@ -37,7 +37,7 @@ def test_guide_has_the_record_of_meal():
         curves = [
             run["curves"]  # [task, evaluation]
             for run in record["runs"]
-            if run["method"] == method and strength in ("", f"{run['strength']:g}")
+            if run["method"] == method and strength in ("", f"{run['strength'] or 0:g}")
         ]
         last = np.mean([[curve[-1] for curve in tasks] for tasks in curves], axis=1)
         expected = [last.mean(), np.std(last, ddof=1) / len(last) ** 0.5, len(last)]
