@@ -10,7 +10,14 @@ import optax
 import pytest
 from flax import nnx
 
-from si_jax.importance import empirical_fisher, fisher, sensitivity
+import si_jax
+from si_jax import ewc
+from si_jax.importance import (
+    empirical_fisher,
+    fisher,
+    second_moment,
+    sensitivity,
+)
 
 RNG = np.random.default_rng(0)
 N, TOKENS = 48, 5  # three chunks
@@ -394,3 +401,174 @@ def test_parameters_that_are_none_are_explained(importance, leaf, is_what):
 def test_mistakes_are_explained(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+# --- What the optimizer has kept ------------------------------------------------------
+
+STREAM = RNG.normal(size=(40, 3)).astype(np.float32)
+ZEROS = jnp.zeros(3)
+COUNTED = {"decay": 0.95, "bias_correction": True}
+KEEPERS = {
+    "adam": optax.adam(0.1, b2=0.95),
+    "adamw": optax.adamw(0.1, b2=0.95),
+    "nadam": optax.nadam(0.1, b2=0.95),
+    "radam": optax.radam(0.1, b2=0.95),
+    "lamb": optax.lamb(0.1, b2=0.95),
+    "amsgrad": optax.amsgrad(0.1, b2=0.95),
+    "rmsprop": optax.rmsprop(0.1, **COUNTED),
+    "centred rmsprop": optax.rmsprop(0.1, centered=True, **COUNTED),
+    "clipped first, then in a chain": optax.chain(
+        optax.clip_by_global_norm(1e9), optax.adam(0.1, b2=0.95)
+    ),
+    "named": optax.named_chain(("adam", optax.adam(0.1, b2=0.95))),
+    "injected": optax.inject_hyperparams(optax.adam)(0.1, b2=0.95),
+    "inside SI": si_jax.with_synaptic_intelligence(optax.adam(0.1, b2=0.95), 0.0),
+    "persistent": si_jax.persistent(optax.adam(0.1, b2=0.95)),
+}
+
+
+def stepped(tx, stream=STREAM, params=ZEROS):
+    opt_state = tx.init(params)
+    with jax.numpy_dtype_promotion("standard"):
+        update = jax.jit(tx.update)
+        for grads in stream:
+            _, opt_state = update(jnp.asarray(grads), opt_state, params)
+    return opt_state
+
+
+def averaged(stream=STREAM, b2=0.95):
+    """Σ (1 − b₂) b₂^(t − i) g_i² over the sum of the weights, in float64."""
+    weights = b2 ** np.arange(len(stream))[::-1]
+    return np.tensordot(weights / weights.sum(), np.float64(stream) ** 2, 1)
+
+
+@pytest.mark.parametrize("name", KEEPERS)
+def test_second_moment_is_the_weighted_mean_of_squared_gradients(name):
+    opt_state = stepped(KEEPERS[name])
+    for compute in (lambda f: f, jax.jit):
+        found = compute(lambda s: second_moment(s, b2=0.95, batch_size=8))(opt_state)
+        np.testing.assert_allclose(found, 8 * averaged(), rtol=1e-5)
+
+
+def test_second_moment_without_a_count_is_taken_as_it_is():
+    opt_state = stepped(optax.rmsprop(0.1, decay=0.95))
+    found = second_moment(opt_state, b2=0.95, batch_size=8)
+    expected = 8 * averaged() * (1 - 0.95 ** len(STREAM))
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_second_moment_of_accumulated_gradients_is_of_their_mean():
+    opt_state = stepped(optax.MultiSteps(optax.adam(0.1, b2=0.95), 4))
+    means = STREAM.reshape(-1, 4, 3).mean(1)
+    found = second_moment(opt_state, b2=0.95, batch_size=4 * 8)
+    np.testing.assert_allclose(found, 32 * averaged(means), rtol=1e-5)
+
+
+def test_power_one_half_is_the_root():
+    found = second_moment(
+        stepped(KEEPERS["adam"]), b2=0.95, batch_size=8, power=jnp.float32(0.5)
+    )
+    np.testing.assert_allclose(found, np.sqrt(8 * averaged()), rtol=1e-5)
+
+
+def test_second_moment_at_the_optimum_is_the_fisher_information():
+    """Of a softmax that draws its own labels, within four errors of the average."""
+    batch_size, steps, b2 = 16, 8000, 0.999
+    tx = optax.adam(0.0, b2=b2)
+
+    def mean_loss(kernel, x, labels):
+        return optax.softmax_cross_entropy_with_integer_labels(
+            linear(kernel, x), labels
+        ).mean()
+
+    def step(opt_state, key):
+        keys = jax.random.split(key)
+        x = jax.random.choice(keys[0], INPUTS, (batch_size,))
+        labels = jax.random.categorical(keys[1], linear(KERNEL, x))
+        grads = jax.grad(mean_loss)(jnp.asarray(KERNEL), x, labels)
+        with jax.numpy_dtype_promotion("standard"):
+            return tx.update(grads, opt_state)[1], None
+
+    keys = jax.random.split(KEY, steps)
+    opt_state, _ = jax.jit(lambda k: jax.lax.scan(step, tx.init(KERNEL), k))(keys)
+    found = second_moment(opt_state, b2=b2, batch_size=batch_size)
+    expected = fisher(linear, KERNEL, INPUTS, exact=True)
+    # Of a square the error is √2 (a little more: kurtosis), of 2000 independent ones.
+    error = np.sqrt(3 * (1 - b2) / (1 + b2))
+    np.testing.assert_array_less(np.abs(found / expected - 1), 4 * error)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_second_moment_serves_ewc_and_si(dtype):
+    """Also where the optimizer's state is boxed and its leaves are masked."""
+    params = {"a": jnp.zeros(3, dtype), "frozen": jnp.zeros(2, dtype)}
+    held = {"a": True, "frozen": False}
+    inner = optax.chain(ewc.elastic_weight_consolidation(1.0), optax.adam(0.1, b2=0.9))
+    tx = optax.masked(inner, held)
+    stream = [{"a": g.astype(dtype), "frozen": jnp.ones(2, dtype)} for g in STREAM]
+    opt_state = tx.init(params)
+    with jax.numpy_dtype_promotion("standard"):
+        for grads in stream:
+            _, opt_state = jax.jit(tx.update)(grads, opt_state, params)
+    F = second_moment(opt_state, b2=0.9, batch_size=8)
+    assert F["frozen"] == optax.MaskedNode()
+    if dtype == "float32":
+        np.testing.assert_allclose(F["a"], 8 * averaged(b2=0.9), rtol=1e-5)
+    opt_state = ewc.consolidate(opt_state, params, F)
+    away = jax.tree.map(lambda p: p + 1, params)
+    penalty = si_jax.surrogate_loss(opt_state, away)
+    np.testing.assert_allclose(penalty, F["a"].sum(), rtol=1e-6)
+
+    tx = optax.masked(si_jax.with_synaptic_intelligence(optax.sgd(0.1), 1.0), held)
+    opt_state = si_jax.add_importance(tx.init(params), F)
+    assert si_jax.synapses(opt_state).importance["a"].tolist() == F["a"].tolist()
+
+
+def test_second_moment_of_an_nnx_optimizer():
+    model = nnx.Linear(4, 3, use_bias=False, rngs=nnx.Rngs(0))
+    tx = si_jax.with_synaptic_intelligence(optax.adam(0.1), 1.0)
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    grads = jax.tree.map(jnp.copy, nnx.state(model, nnx.Param))
+    squares = np.square(grads["kernel"][...])
+    with jax.numpy_dtype_promotion("standard"):
+        optimizer.update(model, grads)
+    F = second_moment(optimizer.opt_state, b2=0.999, batch_size=2)
+    opt_state = si_jax.add_importance(optimizer.opt_state, F)
+    report = si_jax.diagnose(opt_state, nnx.state(model, nnx.Param))
+    np.testing.assert_allclose(report.importance["kernel"], 2 * squares.sum(), 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("tx", "kwargs", "message"),
+    [
+        (optax.sgd(0.1, momentum=0.9), {}, "no average of squared gradients"),
+        (optax.lion(0.1), {}, "no average of squared gradients"),
+        (optax.adagrad(0.1), {}, "adagrad's is a sum"),
+        (
+            optax.partition(
+                {0: optax.adam(0.1), 1: optax.adam(0.2)}, lambda p: [0, 1][: len(p)]
+            ),
+            {},
+            "holds 2 averages .* pass the part",
+        ),
+        (optax.adam(0.1), {"b2": 1.0}, r"b2 must be in \(0, 1\), got 1.0"),
+        (optax.adam(0.1), {"b2": 0.0}, r"b2 must be in"),
+        (optax.adam(0.1), {"batch_size": 0}, r"batch_size must be in \[1, inf\)"),
+        (optax.adam(0.1), {"power": 0}, r"power must be in \(0, inf\)"),
+        (optax.adam(0.1), {"b2": lambda t: 0.9}, "b2 must be a number"),
+    ],
+)
+def test_what_has_no_second_moment_is_refused(tx, kwargs, message):
+    params = [jnp.zeros(3), jnp.zeros(2)]
+    opt_state = stepped(tx, [], params)
+    with pytest.raises(ValueError, match=message):
+        second_moment(opt_state, **{"b2": 0.95, "batch_size": 8, **kwargs})
+
+
+def test_second_moment_wants_a_step_and_a_wide_average():
+    for tx in (optax.adam(0.1), optax.rmsprop(0.1)):
+        with pytest.raises(ValueError, match="no step yet"):
+            second_moment(tx.init(ZEROS), b2=0.999, batch_size=8)
+    narrow = stepped(optax.adam(0.1), STREAM[:1], ZEROS.astype(jnp.bfloat16))
+    with pytest.raises(ValueError, match=r"is bfloat16, .* b2 = 0.999 stalls"):
+        second_moment(narrow, b2=0.999, batch_size=8)
