@@ -332,7 +332,8 @@ def second_moment(
       >>> opt_state = optax.ScaleByAdamState(  # Adam's, after its first step
       ...     count=jnp.array(1), mu=jnp.zeros(2), nu=(1 - 0.75) * squared
       ... )
-      >>> print(importance.second_moment(opt_state, b2=0.75, batch_size=64))
+      >>> F = importance.second_moment(opt_state, b2=0.75, batch_size=64)
+      >>> print(F.round(3))
       [16. 64.]
 
     References:

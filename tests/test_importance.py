@@ -555,7 +555,7 @@ def test_second_moment_of_an_nnx_optimizer():
         (optax.adam(0.1), {"b2": 0.0}, r"b2 must be in"),
         (optax.adam(0.1), {"batch_size": 0}, r"batch_size must be in \[1, inf\)"),
         (optax.adam(0.1), {"power": 0}, r"power must be in \(0, inf\)"),
-        (optax.adam(0.1), {"b2": lambda t: 0.9}, "b2 must be a number"),
+        (optax.adam(0.1), {"b2": optax.constant_schedule(0.9)}, "b2 must be a number"),
     ],
 )
 def test_what_has_no_second_moment_is_refused(tx, kwargs, message):
