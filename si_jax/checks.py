@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.typing import DTypeLike
 
 from si_jax.pytrees import align, wide, zeros
 
@@ -101,6 +102,21 @@ def check_strength(strength: Any) -> None:
     if c is not None and not 0 <= c < np.inf:
         raise ValueError(
             f"strength (c of eq. 4) must be >= 0 and finite, got {strength}."
+        )
+
+
+def check_state_dtype(state_dtype: DTypeLike | None, *others: str) -> None:
+    """In a narrower range than bfloat16's, which is float32's, Ω could overflow."""
+    if state_dtype is None or (isinstance(state_dtype, str) and state_dtype in others):
+        return
+    try:
+        info = jnp.finfo(state_dtype)
+    except (TypeError, ValueError):
+        info = None
+    if info is None or (info.bits < 32 and info.dtype != jnp.bfloat16):
+        names = "".join(f" or {name!r}" for name in others)
+        raise ValueError(
+            f"state_dtype must be bfloat16, float32 or wider{names}, got {state_dtype}."
         )
 
 

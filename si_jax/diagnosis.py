@@ -158,7 +158,7 @@ def diagnose(opt_state: optax.OptState, params: optax.Params) -> Diagnosis:
             for name, x in importance.items()
         },
         path_integral={
-            name: w.sum() for name, (_, w, *_) in named.items() if w is not None
+            name: wide(w).sum() for name, (_, w, *_) in named.items() if w is not None
         },
         penalty={name: penalty for name, (_, _, penalty, *_) in named.items()},
         displacement={

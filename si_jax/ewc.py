@@ -20,9 +20,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
-from si_jax import checks, surrogate
+from si_jax import checks, narrow, surrogate
 from si_jax.pytrees import map_states, states, wide
 
 
@@ -30,7 +30,8 @@ class ElasticWeightConsolidationState(NamedTuple):
     """State of :func:`elastic_weight_consolidation`.
 
     Attributes:
-      importance: ΣF over the finished tasks; float32 at least. Changes at a task's end.
+      importance: ΣF over the finished tasks; float32 at least, or ``state_dtype``.
+        Changes at a task's end.
       reference: θ̃, where the surrogate loss is smallest; the dtype of ``importance``,
         as it is a mean. Changes at a task's end.
       strength: c = λ/2 in force at the last update, a scalar; a record, to be set where
@@ -47,7 +48,10 @@ class ElasticWeightConsolidationState(NamedTuple):
 
 
 def elastic_weight_consolidation(
-    strength: ArrayLike, *, decay: ArrayLike | None = None
+    strength: ArrayLike,
+    *,
+    decay: ArrayLike | None = None,
+    state_dtype: DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""EWC as the first link of an optax chain.
 
@@ -72,6 +76,10 @@ def elastic_weight_consolidation(
       decay: ``None`` adds the tasks' penalties exactly. A number γ in (0, 1] is online
         EWC (Schwarz et al., 2018): F ← γF + F of the new task, and θ̃ the parameters at
         the last task's end.
+      state_dtype: of ΣF and θ̃; ``"bfloat16"`` makes it 4 bytes a parameter. At a task's
+        end both are rounded up or down by chance (of a hash of F and the parameters),
+        so that many small F add up; a parameter is pulled to its rounded value. By
+        default float32 at least.
 
     Returns:
       An :class:`optax.GradientTransformationExtraArgs` whose state is an
@@ -79,8 +87,9 @@ def elastic_weight_consolidation(
 
     Raises:
       ValueError: for a negative ``strength`` or a ``decay`` outside of (0, 1] (when
-        they are concrete), an update without ``params``, with trees that do not fit
-        the state or with functions to be evaluated.
+        they are concrete), a ``state_dtype`` narrower than bfloat16, an update without
+        ``params``, with trees that do not fit the state or with functions to be
+        evaluated.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -100,6 +109,7 @@ def elastic_weight_consolidation(
       <https://arxiv.org/abs/1612.00796>`_, PNAS 2017; Schwarz et al., `Progress &
       Compress <https://arxiv.org/abs/1805.06370>`_, ICML 2018
     """
+    checks.check_state_dtype(state_dtype)
     checks.check_strength(strength)
     gamma = 1.0 if decay is None else decay
     concrete = checks.number("decay", gamma)
@@ -118,9 +128,14 @@ def elastic_weight_consolidation(
 
     def init_fn(params: optax.Params) -> ElasticWeightConsolidationState:
         checks.check_real(params)
+
+        def held(x):
+            return jnp.array(wide(x), state_dtype or wide(x).dtype)
+
+        params = jax.tree.map(checks.own, params)
         return ElasticWeightConsolidationState(
-            checks.zeros_wide(params),
-            jax.tree.map(lambda p: jnp.array(wide(checks.own(p))), params),
+            jax.tree.map(held, checks.zeros_wide(params)),
+            jax.tree.map(held, params),
             *hyperparameters(),
         )
 
@@ -182,16 +197,21 @@ def consolidate(
         decay, online = checks.scalar(state.decay), checks.scalar(state.online)
 
         def summed(old, f):
-            return decay.astype(old.dtype) * old + f.astype(old.dtype)
+            return decay.astype(wide(old).dtype) * wide(old) + f.astype(wide(old).dtype)
 
-        def centred(ref, total, f, p):
+        def centred(old, total, f, p):
+            ref = wide(old)
             share = jnp.where(total > 0, f.astype(ref.dtype) / total, 1)
             share = jnp.where(online, jnp.ones_like(share), share)
-            return ref + share * (p.astype(ref.dtype) - ref)
+            mean = ref + share * (p.astype(ref.dtype) - ref)
+            return narrow.written(mean, old.dtype, f, p, total)
+
+        def kept(old, total, f, p):
+            return narrow.written(total, old.dtype, f, p, total)
 
         total = jax.tree.map(summed, state.importance, new)
         return state._replace(
-            importance=total,
+            importance=jax.tree.map(kept, state.importance, total, new, theta),
             reference=jax.tree.map(centred, state.reference, total, new, theta),
         )
 

@@ -13,6 +13,8 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
+from si_jax import narrow
+
 _Path = tuple[Any, ...]
 
 _HINT = (
@@ -161,7 +163,7 @@ def extend(old: Any, new: Any) -> Any:
 
 def _at_origin(block: jax.Array, whole: jax.Array) -> jax.Array:
     """``whole`` with ``block`` in the corner where every index is 0."""
-    moved = jnp.array(block, jnp.result_type(whole))
+    moved = narrow.converted(block, jnp.result_type(whole))
     if jnp.shape(block) == jnp.shape(whole):
         return placed(moved, whole)
     shapes = zip(jnp.shape(block), jnp.shape(whole), strict=True)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from si_jax import checks, surrogate, transform
+from si_jax import checks, narrow, surrogate, transform
 from si_jax.ewc import ElasticWeightConsolidationState
 from si_jax.pytrees import extend, map_states, placed, states, wide, zeros
 from si_jax.transform import (
@@ -322,18 +322,19 @@ def add_importance(
       [-0.75 -0.25]
     """
 
-    def added(omega, new):
-        total = wide(omega) + new.astype(wide(omega).dtype)
-        return total.astype(omega.dtype)
+    def added(omega, new, ref):
+        old = wide(narrow.read(omega))
+        return narrow.written(old + new.astype(old.dtype), omega.dtype, new, ref)
 
     def add(state: Any) -> Any:
         checks.scalar(state.strength)
-        old, reference = remembered(state)
-        new = checks.importances(importance, reference)
-        total = jax.tree.map(added, old, new)
+        memory = _memory(state)
+        new = checks.importances(importance, memory.reference)
+        total = jax.tree.map(added, memory.importance, new, memory.reference)
+        memory = memory._replace(importance=total)
         if isinstance(state, ElasticWeightConsolidationState):
-            return state._replace(importance=total)
-        return state._replace(synapses=state.synapses._replace(importance=total))
+            return memory
+        return state._replace(synapses=memory)
 
     require_once(opt_state)
     return _map_memories(add, opt_state)
@@ -403,9 +404,14 @@ def require_once(opt_state: optax.OptState) -> list[Any]:
 
 def remembered(state: Any) -> tuple[optax.Params, optax.Params]:
     """Ω and θ̃ of a memory."""
+    return transform.remembered(_memory(state))
+
+
+def _memory(state: Any) -> Any:
+    """What has the fields ``importance`` and ``reference``."""
     if isinstance(state, ElasticWeightConsolidationState):
-        return state.importance, state.reference
-    return state.synapses.importance, state.synapses.reference
+        return state
+    return state.synapses
 
 
 def _map_memories(

@@ -26,9 +26,11 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
+from si_jax import narrow
 from si_jax.checks import (
     aligned,
     check_real,
+    check_state_dtype,
     check_strength,
     frozen,
     inputs,
@@ -48,7 +50,8 @@ class Synapses(NamedTuple):
 
     Attributes:
       path_integral: ω of eq. 3, the drop of the current task's loss credited to each
-        parameter. Changes at every step; float32 at least.
+        parameter. Changes at every step; float32 at least. (Inside of a compact state
+        bfloat16, and Ω is there as √Ω in float8_e5m2.)
       importance: Ω of eq. 5, summed over the finished tasks. Changes at a task's end;
         float32 at least, or ``state_dtype``.
       reference: θ̃ of eq. 4, a copy of the parameters at the last task's end. Changes
@@ -109,14 +112,19 @@ _State = SynapticIntelligenceState | WithSynapticIntelligenceState
 
 
 def _integrate(
-    path_integral: optax.Params, grads: optax.Updates, movement: optax.Updates
+    path_integral: optax.Params,
+    grads: optax.Updates,
+    movement: optax.Updates,
+    params: optax.Params,
 ) -> optax.Params:
     """Eq. 3: ω ← ω − g·Δθ; nothing for a gradient that is no finite number."""
 
-    def leaf(w, g, moved):
-        return w - jnp.where(jnp.isfinite(g), g.astype(w.dtype) * moved, 0)
+    def leaf(w, g, moved, p):
+        earned = jnp.where(jnp.isfinite(g), g.astype(moved.dtype) * moved, 0)
+        total = wide(w) - earned.astype(wide(w).dtype)
+        return narrow.written(total, w.dtype, g, p)
 
-    return jax.tree.map(leaf, path_integral, grads, movement)
+    return jax.tree.map(leaf, path_integral, grads, movement, params)
 
 
 def _consolidate(state: _State, params: optax.Params) -> _State:
@@ -129,11 +137,12 @@ def _consolidate(state: _State, params: optax.Params) -> _State:
     damping, nonnegative = scalar(state.damping), scalar(state.nonnegative)
 
     def leaf(w, omega, ref, p):
-        displacement = wide(p) - ref.astype(w.dtype)
-        gain = w / (jnp.square(displacement) + damping.astype(w.dtype))
-        total = omega.astype(w.dtype) + gain
+        earned = wide(w)
+        displacement = (wide(p) - ref.astype(wide(p).dtype)).astype(earned.dtype)
+        gain = earned / (jnp.square(displacement) + damping.astype(earned.dtype))
+        total = narrow.read(omega).astype(earned.dtype) + gain
         total = jnp.where(nonnegative, jnp.maximum(total, 0), total)
-        return total.astype(omega.dtype)
+        return narrow.written(total, omega.dtype, earned, p)
 
     return state._replace(
         synapses=Synapses(
@@ -168,7 +177,7 @@ def observe(
             state.last_grads,
             grads,
         )
-    omega = _integrate(state.synapses.path_integral, credited, movement)
+    omega = _integrate(state.synapses.path_integral, credited, movement, params)
     return state._replace(
         synapses=state.synapses._replace(path_integral=omega),
         last_params=_copy(params, state.last_params),
@@ -227,7 +236,10 @@ def synaptic_intelligence(
         A task's last step takes its own gradient, as there is no other yet.
       state_dtype: of Ω and θ̃; ``"bfloat16"`` halves their bytes, and rounds Ω at every
         task's end and where a parameter is pulled to. By default Ω is float32 at least,
-        θ̃ like the parameter.
+        θ̃ like the parameter. ``"compact"`` is 13 bytes a parameter: ω and θ̃ in
+        bfloat16, √Ω in float8_e5m2, so that Ω goes in steps of a factor of 1.3 to 1.6
+        from 2⁻³² to 2³¹, and stays there. Ω and ω are rounded up or down by chance (of
+        a hash of parameters and gradients), so that no long sum stalls.
 
     Returns:
       An :class:`optax.GradientTransformationExtraArgs` whose state is a
@@ -282,7 +294,7 @@ def synaptic_intelligence(
         **extra_args: Any,
     ) -> tuple[optax.Updates, SynapticIntelligenceState]:
         refuse_functions(extra_args)
-        _, importance, reference = state.synapses
+        importance, reference = remembered(state.synapses)
         grads, params = inputs(updates, params, reference)
         c, xi, floored = _hyperparameters(strength, damping, nonnegative, state)
         pulled = pull_back(grads, params, importance, reference, c)
@@ -333,7 +345,10 @@ def with_synaptic_intelligence(
         is eq. 5 to the letter.
       state_dtype: of Ω and θ̃; ``"bfloat16"`` halves their bytes, and rounds Ω at every
         task's end and where a parameter is pulled to. By default Ω is float32 at least,
-        θ̃ like the parameter.
+        θ̃ like the parameter. ``"compact"`` is 5 bytes a parameter: ω and θ̃ in
+        bfloat16, √Ω in float8_e5m2, so that Ω goes in steps of a factor of 1.3 to 1.6
+        from 2⁻³² to 2³¹, and stays there. Ω and ω are rounded up or down by chance (of
+        a hash of parameters and gradients), so that no long sum stalls.
 
     Returns:
       An :class:`optax.GradientTransformationExtraArgs` whose state is a
@@ -384,7 +399,7 @@ def with_synaptic_intelligence(
         params: optax.Params | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, WithSynapticIntelligenceState]:
-        _, importance, reference = state.synapses
+        importance, reference = remembered(state.synapses)
         grads, params = inputs(updates, params, reference)
         c, xi, floored = _hyperparameters(strength, damping, nonnegative, state)
         pulled = pull_back(grads, params, importance, reference, c)
@@ -398,7 +413,7 @@ def with_synaptic_intelligence(
         )
         after = optax.apply_updates(params, updates)
         movement = jax.tree.map(lambda p, new: stored(new) - wide(p), params, after)
-        omega = _integrate(state.synapses.path_integral, grads, movement)
+        omega = _integrate(state.synapses.path_integral, grads, movement, params)
         return updates, WithSynapticIntelligenceState(
             state.synapses._replace(path_integral=omega),
             c,
@@ -481,7 +496,18 @@ def synapses(opt_state: optax.OptState) -> Synapses:
             f"opt_state holds Synaptic Intelligence {len(found)} times: pass the part "
             "of it that you mean."
         )
-    return found[0].synapses
+    kept = found[0].synapses
+
+    def widened(x):
+        return x if jnp.finfo(x.dtype).bits >= 32 else wide(x)
+
+    path_integral = jax.tree.map(widened, kept.path_integral)
+    return Synapses(path_integral, *remembered(kept))
+
+
+def remembered(memory: Any) -> tuple[optax.Params, optax.Params]:
+    """Ω and θ̃, as numbers, of synapses or of EWC's state."""
+    return jax.tree.map(narrow.read, memory.importance), memory.reference
 
 
 # --- Initial values and checks --------------------------------------------------------
@@ -501,16 +527,15 @@ def _elastic(state: WithSynapticIntelligenceState) -> list[Memory]:
 
 
 def _init_synapses(params: optax.Params, state_dtype: DTypeLike | None) -> Synapses:
-    def held(tree: optax.Params) -> optax.Params:
-        return jax.tree.map(
-            lambda x: jnp.array(x, state_dtype or jnp.result_type(x)), tree
-        )
+    dtypes = None, state_dtype, state_dtype
+    if state_dtype == "compact":
+        dtypes = jnp.bfloat16, narrow.ROOT, jnp.bfloat16
 
-    return Synapses(
-        path_integral=zeros_wide(params),
-        importance=held(zeros_wide(params)),
-        reference=held(params),
-    )
+    def held(tree: optax.Params, dtype: DTypeLike | None) -> optax.Params:
+        return jax.tree.map(lambda x: jnp.array(x, dtype or jnp.result_type(x)), tree)
+
+    trees = zeros_wide(params), zeros_wide(params), params
+    return Synapses(*map(held, trees, dtypes))
 
 
 def _hyperparameters(
@@ -534,25 +559,11 @@ def _hyperparameters(
 def _check_hyperparameters(
     strength: Any, damping: Any, state_dtype: DTypeLike | None
 ) -> None:
-    _check_state_dtype(state_dtype)
+    check_state_dtype(state_dtype, "compact")
     check_strength(strength)
     xi = number("damping", damping)
     if xi is not None and not 0 < xi < np.inf:
         raise ValueError(f"damping (ξ of eq. 5) must be > 0 and finite, got {damping}.")
-
-
-def _check_state_dtype(state_dtype: DTypeLike | None) -> None:
-    """In a narrower range than bfloat16's, which is float32's, Ω could overflow."""
-    if state_dtype is None:
-        return
-    try:
-        info = jnp.finfo(state_dtype)
-    except (TypeError, ValueError):
-        info = None
-    if info is None or (info.bits < 32 and info.dtype != jnp.bfloat16):
-        raise ValueError(
-            f"state_dtype must be bfloat16, float32 or wider, got {state_dtype}."
-        )
 
 
 def find_synaptic(opt_state: optax.OptState) -> list[Any]:
