@@ -9,7 +9,7 @@ import optax
 
 from si_jax import checks, surrogate
 from si_jax.ewc import ElasticWeightConsolidationState
-from si_jax.pytrees import align, wide
+from si_jax.pytrees import align, path_names, wide
 from si_jax.state import remembered, require_once
 from si_jax.transform import SynapticIntelligenceState, observe
 
@@ -144,7 +144,7 @@ def diagnose(opt_state: optax.OptState, params: optax.Params) -> Diagnosis:
             strict=True,
         ):
             leaves[path] = omega, None if elastic else w, c * term, ref, p
-    named = dict(zip(_names(list(leaves)), leaves.values(), strict=True))
+    named = dict(zip(path_names(list(leaves)), leaves.values(), strict=True))
     importance = {name: wide(omega).sum() for name, (omega, *_) in named.items()}
     total = sum(importance.values())
     return Diagnosis(
@@ -170,14 +170,3 @@ def diagnose(opt_state: optax.OptState, params: optax.Params) -> Diagnosis:
 def _root_mean_square(p: jax.Array, ref: jax.Array) -> jax.Array:
     moved = wide(p) - ref.astype(wide(p).dtype)
     return jnp.sqrt(jnp.sum(jnp.square(moved)) / max(moved.size, 1))
-
-
-def _names(paths: list[Any]) -> list[str]:
-    """``layer/kernel``; without the last step into the boxes of nnx."""
-    box = jax.tree_util.GetAttrKey("value")
-    if all(path and path[-1] == box for path in paths):
-        paths = [path[:-1] for path in paths]
-    simple = [jax.tree_util.keystr(x, simple=True, separator="/") for x in paths]
-    if len(set(simple)) < len(simple):
-        return [jax.tree_util.keystr(x) for x in paths]
-    return [name or "params" for name in simple]  # one array is the whole tree

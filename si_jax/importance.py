@@ -4,7 +4,8 @@ In a pass of their own, from functions of one example: :func:`fisher` takes a
 classifier's logits, :func:`empirical_fisher` any log-likelihood, :func:`sensitivity`
 any outputs, without labels. Each takes the derivative for every single example, and
 means over the examples what it makes of it. Without a pass, and without data,
-:func:`second_moment` takes what the optimizer has accumulated.
+:func:`second_moment` takes what the optimizer has accumulated. :func:`save` and
+:func:`load` make files of them.
 
 The examples are a tree of arrays whose leading axis runs over them, the parameters a
 tree of real arrays: ``params`` of Linen, ``nnx.split(model, nnx.Param, ...)``, or
@@ -24,7 +25,17 @@ from jax.typing import ArrayLike
 
 from si_jax import checks
 from si_jax.checks import zeros_wide
+from si_jax.importance_file import load, save
 from si_jax.pytrees import states, wide
+
+__all__ = [
+    "empirical_fisher",
+    "fisher",
+    "load",
+    "save",
+    "second_moment",
+    "sensitivity",
+]
 
 
 def fisher(

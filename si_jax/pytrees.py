@@ -130,6 +130,22 @@ def _split_complex(tree: Any, slots: set[_Path]) -> dict[_Path, Any]:
     return leaves
 
 
+def names(tree: Any) -> list[str]:
+    """A name for each leaf: ``layer/kernel``."""
+    return path_names([path for path, _ in jax.tree_util.tree_leaves_with_path(tree)])
+
+
+def path_names(paths: list[_Path]) -> list[str]:
+    """``layer/kernel``; without the last step into the boxes of nnx."""
+    box = jax.tree_util.GetAttrKey("value")
+    if all(path and path[-1] == box for path in paths):
+        paths = [path[:-1] for path in paths]
+    simple = [jax.tree_util.keystr(x, simple=True, separator="/") for x in paths]
+    if len(set(simple)) < len(simple):
+        return [jax.tree_util.keystr(x) for x in paths]
+    return [name or "params" for name in simple]  # one array is the whole tree
+
+
 def extend(old: Any, new: Any) -> Any:
     """``new`` with the leaves of ``old``, matched by path, at its origin.
 
