@@ -20,7 +20,7 @@ _HALF = jnp.dtype(jnp.bfloat16)
 
 def read(x: jax.Array) -> jax.Array:
     """The number that ``x`` stands for: of a root its square, with its sign."""
-    if jnp.result_type(x) != ROOT:
+    if getattr(x, "dtype", None) != ROOT:
         return x
     root = x.astype(jnp.float32)
     return root * jnp.abs(root)
@@ -49,9 +49,9 @@ def converted(x: jax.Array, dtype: DTypeLike) -> jax.Array:
 
 def _root(x: jax.Array, noise: jax.Array) -> jax.Array:
     """The square root of one of the two nearest squares; beyond the last, the last."""
-    size = jnp.abs(x.astype(jnp.float32))
+    size = jnp.minimum(jnp.abs(x.astype(jnp.float32)), float(jnp.finfo(ROOT).max) ** 2)
     # A little more, lest an inexact root of a square falls below it.
-    root = jnp.minimum(jnp.sqrt(size) * 1.000001, float(jnp.finfo(ROOT).max))
+    root = jnp.sqrt(size) * 1.000001
     cut = _bits(root) & jnp.uint32(0xFFE00000)  # two bits after the leading one
     low = jax.lax.bitcast_convert_type(cut, jnp.float32)
     high = jax.lax.bitcast_convert_type(cut + jnp.uint32(1 << 21), jnp.float32)

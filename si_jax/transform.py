@@ -498,8 +498,8 @@ def synapses(opt_state: optax.OptState) -> Synapses:
         )
     kept = found[0].synapses
 
-    def widened(x):
-        return x if jnp.finfo(x.dtype).bits >= 32 else wide(x)
+    def widened(x):  # what optax.tree.map_params put there is left alone
+        return wide(x) if getattr(x, "dtype", None) == jnp.bfloat16 else x
 
     path_integral = jax.tree.map(widened, kept.path_integral)
     return Synapses(path_integral, *remembered(kept))
