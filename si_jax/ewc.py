@@ -169,8 +169,9 @@ def consolidate(
       opt_state: the state of an optimizer that contains
         :func:`elastic_weight_consolidation`.
       params: the parameters at the task's end.
-      importance: F, from :func:`si_jax.importance.fisher`; a tree of arrays at least
-        0, like ``params``.
+      importance: F, from :func:`si_jax.importance.fisher` or, without a pass,
+        :func:`si_jax.importance.second_moment`; a tree of arrays at least 0, like
+        ``params``.
 
     Returns:
       ``opt_state``, consolidated, of the same structure, shapes and dtypes.
