@@ -29,12 +29,25 @@ from experiments.engine.tables import (
 )
 from experiments.networks.models import MLP
 from experiments.split_mnist import NAMES
-from experiments.training.boundaries import consolidate, consolidate_fisher
+from experiments.training.boundaries import (
+    consolidate,
+    consolidate_fisher,
+    consolidate_second_moment,
+)
 from experiments.training.classifier import learner
 from experiments.training.loop import Boundary, Learner, remembering
 from si_jax import ewc, metrics
 
-Name = Literal["si", "fine-tuning", "ewc", "sgd", "sgd+dropout", "joint", "single"]
+Name = Literal[
+    "si",
+    "fine-tuning",
+    "ewc",
+    "squisher",
+    "sgd",
+    "sgd+dropout",
+    "joint",
+    "single",
+]
 # The authors' data (https://github.com/ganguli-lab/pathint), one seed, after each task.
 PUBLISHED = {
     "si c=0.1": [
@@ -84,13 +97,13 @@ class Config(command.Options):
     strengths: tuple[float, ...] = (0.1,)
     """c of eq. 4, a method each."""
     ewc_strengths: tuple[float, ...] = (1e6,)
-    """EWC's c = λ/2, a method each."""
+    """c = λ/2 of EWC and Squisher, EWC with what Adam has kept; a method each."""
     sgd_learning_rate: float = 0.1
     """Of plain SGD."""
     dropout: float = 0.5
     """Of the hidden layers, for SGD with dropout."""
-    state_dtype: Literal["bfloat16"] | None = None
-    """Of SI's Ω and θ̃; None is the parameters' float32."""
+    state_dtype: Literal["bfloat16", "compact"] | None = None
+    """Of SI's Ω and θ̃, compact of ω, too; in EWC bfloat16. None is float32."""
     held_out: float = 0.0
     """Fraction of the training set to choose c on, in the test set's place; 0: none."""
 
@@ -165,7 +178,9 @@ def runs(config: Config) -> list[Run]:
         )
 
     def elastic(strength, _):
-        return optax.chain(ewc.elastic_weight_consolidation(strength), adam)
+        narrow = "bfloat16" if config.state_dtype else None
+        link = ewc.elastic_weight_consolidation(strength, state_dtype=narrow)
+        return optax.chain(link, adam)
 
     make = functools.partial(make_learner, config)
     of_si = make(synaptic, boundary=[consolidate], remember=True)  # ω for Fig. 5
@@ -191,6 +206,10 @@ def runs(config: Config) -> list[Run]:
             case "ewc":
                 of_ewc = make(elastic, boundary=[fisher])
                 arms += [arm(of_ewc, c) for c in config.ewc_strengths]
+            case "squisher":
+                free = consolidate_second_moment(config.batch_size)
+                of_free = make(elastic, boundary=[free])
+                arms += [arm(of_free, c) for c in config.ewc_strengths]
             case "sgd":
                 arms += [arm(make(lambda *_: sgd))]
             case "sgd+dropout":

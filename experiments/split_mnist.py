@@ -69,6 +69,8 @@ class Config(Setting):
     """ξ of eq. 5."""
     sgd_learning_rate: float = 0.1
     """Of plain SGD without consolidation, a further method; 0 leaves it out."""
+    state_dtype: Literal["bfloat16", "compact"] | None = None
+    """Of SI's Ω and θ̃, compact of ω, too; None is float32."""
 
     PICKS: ClassVar[tuple[str, ...]] = ("seeds",)
 
@@ -93,7 +95,8 @@ def runs(config: Config) -> list[Run]:
         seeds = range(config.seeds)
         return Run(label, learner, problem, seeds, config.epochs, hyperparameters)
 
-    adam = make_learner(config, optax.adam(config.learning_rate))
+    kept = config.state_dtype
+    adam = make_learner(config, optax.adam(config.learning_rate), kept)
     arms = [
         arm(Label("si", c) if c else Label("fine-tuning"), adam, c)
         for c in config.strengths
@@ -106,13 +109,17 @@ def runs(config: Config) -> list[Run]:
 
 
 def make_learner(
-    config: Setting, inner: optax.GradientTransformation
+    config: Setting,
+    inner: optax.GradientTransformation,
+    state_dtype: str | None = None,
 ) -> Callable[..., Learner]:
     """The pieces of a run as a function of the hyperparameters that may be swept."""
     model = MLP(config.hidden, 10, config.zero_init_output)
 
     def make(strength: jax.Array, damping: jax.Array) -> Learner:
-        tx = si_jax.with_synaptic_intelligence(inner, strength, damping)
+        tx = si_jax.with_synaptic_intelligence(
+            inner, strength, damping, state_dtype=state_dtype
+        )
         boundary: list[Boundary] = [consolidate]
         if config.reset_optimizer:
             boundary.append(reset(tx, keep_count=config.keep_count))
@@ -142,6 +149,7 @@ def make_problem(config: Setting, held_out: float = 0.0) -> Problem:
 def run(config: Config) -> None:
     """Run every method that is not finished, then print and draw all of them."""
     folder = config.data + "-keep-count" * config.keep_count
+    folder += f"-{config.state_dtype}" if config.state_dtype else ""
     record = Record("split_mnist", config, default=folder)
     driver.run_all(runs(config), record)
     if is_first():

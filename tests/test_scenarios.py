@@ -2,6 +2,7 @@
 
 import json
 from types import SimpleNamespace
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ from experiments.engine.run import Label, Run, with_fields
 from experiments.networks.models import MLP
 from experiments.scenarios import __main__ as scenarios
 from experiments.scenarios import figures, findings, methods
-from experiments.scenarios.config import SCENARIOS, Config
+from experiments.scenarios.config import SCENARIOS, Config, Name
 from experiments.scenarios.problems import in_scenario, make_problems
 from experiments.training.loop import Carry, Learner
 from si_jax import importance
@@ -86,7 +87,7 @@ def test_every_method_has_its_pieces(make_config):
         with jax.numpy_dtype_promotion("standard"):  # Adam's
             shapes = jax.eval_shape(through, jax.random.key(0), jnp.float32(1))
         assert shapes[0] == shapes[1], name
-    assert set(methods.arms(config)) == set(config.methods)
+    assert set(methods.arms(config)) == set(get_args(Name))
 
 
 def test_the_scenarios_differ_in_labels_and_outputs(make_config):

@@ -58,7 +58,7 @@ def trained():
         "si": si_jax.synaptic_intelligence(0.0, 0.1),
         "unbiased": si_jax.synaptic_intelligence(0.0, 0.1, unbiased=True),
     }
-    boundaries = parts.boundaries(MLP((8,), 10), 1)
+    boundaries = parts.boundaries(MLP((8,), 10), 1, 1)
     names = ("l2", "si", "unbiased", "absolute", "squared")
     tx = optax.named_chain(
         ("si", links["si"]),
@@ -130,12 +130,12 @@ def test_the_bias_is_what_the_rules_differ_in():
     )
     watched = watched._replace(path_integral={"w": jnp.array([3.0, 2.0])})
     carry = Carry(moved, opt_state | {"si": synaptic, "watched": watched})
-    after = parts.boundaries(MLP((8,), 10), 1)["bias"](carry).opt_state["ewc"]
+    after = parts.boundaries(MLP((8,), 10), 1, 1)["bias"](carry).opt_state["ewc"]
     np.testing.assert_allclose(after.importance["w"], [(5 - 3) / 1.25, 0], rtol=1e-6)
 
 
 def test_numbers_are_those_of_the_boundaries():
-    boundaries = list(parts.boundaries(MLP((8,), 10), 1))
+    boundaries = list(parts.boundaries(MLP((8,), 10), 1, 1))
     assert list(TITLES) == ["fine-tuning", *boundaries]
     run = Run(Label("si"), None, None, [0], 1, {"strength": 0.0})
     for i, name in enumerate(boundaries):
@@ -166,7 +166,7 @@ def test_importances_are_measured_chosen_and_learned_with(folder, tmp_path, caps
     runs = record["runs"]
     measures = findings.measured(runs)[16]
     assert list(measures["layers"]) == ["layer 1", "layer 2"]
-    assert np.shape(measures["layers"]["layer 1"]["rank"]) == (2, 9, 9)
+    assert np.shape(measures["layers"]["layer 1"]["rank"]) == (2, 11, 11)
     i, j = (CORRELATED.index(x) for x in ("fisher", "root fisher"))
     ranks = np.asarray(measures["layers"]["layer 1"]["rank"])
     np.testing.assert_allclose(ranks[:, i, j], 1, atol=1e-6)

@@ -82,13 +82,24 @@ def ones(logits: Any, params: Any, windows: Any, key: jax.Array) -> Any:
     return jax.tree.map(jnp.ones_like, params)
 
 
+def half_kept(config: Config, opt_state: optax.OptState) -> optax.Params:
+    """Half the Fisher information, as :func:`half_fisher`, from what Adam has kept.
+
+    Its gradient is of a mean over a batch's sequences and over their bytes.
+    """
+    found = importance.second_moment(
+        opt_state, b2=0.999, batch_size=config.batch_size * config.length
+    )
+    return jax.tree.map(lambda f: f / 2, found)
+
+
 class Family(NamedTuple):
     """Methods that differ in strength alone.
 
     Attributes:
       memory: SI's, or EWC's, whatever the importance; or none.
-      importance: what is put in for a text that was learned; for SI after the
-        pretraining there is none, as it has its own.
+      importance: what is measured and put in for a text that was learned. Without, SI
+        has its own, from the pretraining, and EWC what Adam has kept.
       strengths: c, a method each, or without memory a factor of the learning rate; of
         none, one that is evaluated at every stop.
       rate: a factor of the learning rate, for all of them.
@@ -113,6 +124,7 @@ def families(config: Config) -> dict[str, Family]:
         "l2": Family("ewc", ones, config.l2_strengths),
         "ewc": Family("ewc", half_fisher, fisher),
         "mas": Family("ewc", sensitivity, config.mas_strengths),
+        "squisher": Family("ewc", None, fisher),
         "si": Family("si", None, config.si_strengths),
         "si fisher": Family("si", half_fisher, fisher),
         "slow si": Family("si", None, config.si_strengths, slow),
@@ -140,7 +152,9 @@ def optimizer(
         return si_jax.with_synaptic_intelligence(
             adam, strength, damping, state_dtype=config.state_dtype
         )
-    return optax.chain(ewc.elastic_weight_consolidation(strength), adam)
+    narrow = "bfloat16" if config.state_dtype else None
+    link = ewc.elastic_weight_consolidation(strength, state_dtype=narrow)
+    return optax.chain(link, adam)
 
 
 @dataclasses.dataclass(frozen=True)

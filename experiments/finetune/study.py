@@ -21,6 +21,7 @@ from experiments.finetune.methods import (
     Pretraining,
     arms,
     families,
+    half_kept,
     network,
     optimizer,
     third,
@@ -121,6 +122,7 @@ def make_study(config: Config, contents: Mapping[str, bytes]) -> Study:
         problem=study.learning((0,), (config.pretraining_steps,)),
         hyperparameters={"strength": 0.0, "damping": config.damping},
     )
+    kept = jax.jit(jax.vmap(functools.partial(half_kept, config)))
     own_network = functools.lru_cache(maxsize=2)(
         functools.partial(study.carry, PRETRAINING)
     )
@@ -144,6 +146,8 @@ def make_study(config: Config, contents: Mapping[str, bytes]) -> Study:
             networks, windows = (params, base), study.windows(0)
             how = family.importance, family.lora
             omega = measured(config, *how, networks, windows, seeds)
+        elif family.memory == "ewc":
+            omega = kept(pretrained.opt_state)
         elif family.memory:
             omega = si_jax.synapses(pretrained.opt_state).importance
         else:
@@ -182,16 +186,19 @@ def then_third(study: Study, chosen: Mapping[str, Label]) -> None:
       chosen: by family, the method.
     """
     config = study.config
+    kept = jax.jit(jax.vmap(functools.partial(half_kept, config)))
 
     def given(family: Family, arm: Label, seeds: Sequence[int]) -> Mapping[str, Any]:
         before = study.runs[str(arm)].given(seeds)
         carry = study.carry(str(arm), seeds)
         params, opt_state, _ = carry
         if family.memory == "ewc":
-            assert family.importance is not None
-            networks, windows = (params, before.get("base")), study.windows(1)
-            how = family.importance, family.lora
-            omega = measured(config, *how, networks, windows, seeds)
+            if family.importance is None:
+                omega = kept(opt_state)
+            else:
+                networks, windows = (params, before.get("base")), study.windows(1)
+                how = family.importance, family.lora
+                omega = measured(config, *how, networks, windows, seeds)
             opt_state = jax.jit(jax.vmap(ewc.consolidate))(opt_state, params, omega)
         elif family.memory == "si":
             opt_state = jax.jit(jax.vmap(si_jax.consolidate))(opt_state, params)

@@ -1,14 +1,16 @@
 """What can be set, and what makes sense."""
 
 import dataclasses
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, Literal
 
 from experiments import split_mnist
 
 Scenario = Literal["task", "domain", "class"]
 
 
-Name = Literal["fine-tuning", "l2", "si", "ewc", "online ewc", "mas", "joint"]
+Name = Literal[
+    "fine-tuning", "l2", "si", "ewc", "online ewc", "squisher", "mas", "joint"
+]
 
 
 SCENARIOS: tuple[Scenario, ...] = ("task", "domain", "class")
@@ -25,7 +27,9 @@ class Config(split_mnist.Setting):
 
     scenario: tuple[Scenario, ...] = SCENARIOS
     """What to run; more can be added later in the same --out."""
-    methods: tuple[Name, ...] = get_args(Name)
+    methods: tuple[Name, ...] = (
+        *("fine-tuning", "l2", "si", "ewc", "online ewc", "mas", "joint"),
+    )
     """Likewise."""
     seeds: int = 10
     """Runs of each method, with the seeds 0, 1, …; more can be added later."""
@@ -48,7 +52,7 @@ class Config(split_mnist.Setting):
     si_strengths: tuple[float, ...] = (100.0, 1e3, 1e4, 1e5)
     """Likewise, c of eq. 4."""
     ewc_strengths: tuple[float, ...] = (1e6, 1e8, 1e10, 1e12)
-    """Likewise, c = λ/2, of both forms of EWC."""
+    """Likewise, c = λ/2, of EWC, online EWC and Squisher."""
     mas_strengths: tuple[float, ...] = (0.1, 10.0, 1e3, 1e5)
     """Likewise, c = λ of MAS."""
     importance_examples: int = 500

@@ -1,7 +1,7 @@
 """What was found: tables and the figure."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -13,7 +13,7 @@ from experiments.engine.record import Record
 from experiments.engine.run import Label
 from experiments.engine.tables import aligned, cell, counts, over_seeds
 from experiments.scenarios import figures
-from experiments.scenarios.config import SCENARIOS, Config
+from experiments.scenarios.config import SCENARIOS, Config, Name
 from experiments.scenarios.methods import arms
 from si_jax import metrics
 
@@ -75,7 +75,7 @@ def table(found: Mapping[str, Mapping[str, Any]]) -> str:
     The last row is how many seeds they have, where they differ.
     """
     rows = [["", *found]]
-    for method in Config().methods:
+    for method in get_args(Name):
         row: list[str] = [method]
         for of in found.values():
             named = [run for run in of.values() if run["method"] == method]

@@ -14,6 +14,7 @@ from experiments.training.boundaries import (
     consolidate,
     consolidate_fisher,
     consolidate_importance,
+    consolidate_second_moment,
     consolidate_sensitivity,
     reset,
 )
@@ -42,7 +43,8 @@ def arms(config: Config) -> dict[str, Arm]:
     L2, online EWC and MAS have one surrogate loss, c Σ Ω (θ̃ − θ)² with θ̃ the weights at
     the last task's end, and Ω, summed over the tasks, their own: 1 of every weight,
     Fisher information, the outputs' sensitivity. They are one program, and fine-tuning
-    is theirs with c = 0. EWC pulls to the weights of each task.
+    is theirs with c = 0. EWC pulls to the weights of each task; Squisher is EWC with
+    the Fisher information that Adam has kept, which costs no pass.
     """
     model = MLP(config.hidden, 10, config.zero_init_output)
     adam = optax.adam(config.learning_rate)
@@ -72,10 +74,13 @@ def arms(config: Config) -> dict[str, Arm]:
         tx = si_jax.with_synaptic_intelligence(adam, strength, damping)
         return pieces(tx, consolidate)
 
-    def merged(strength: jax.Array, damping: jax.Array) -> Learner:
-        del damping
-        link = ewc.elastic_weight_consolidation(strength)
-        return pieces(optax.chain(link, adam), fisher)
+    def merged(boundary: Boundary) -> Callable[..., Learner]:
+        def make(strength: jax.Array, damping: jax.Array) -> Learner:
+            del damping
+            link = ewc.elastic_weight_consolidation(strength)
+            return pieces(optax.chain(link, adam), boundary)
+
+        return make
 
     def summed(
         strength: jax.Array, damping: jax.Array, importance: jax.Array
@@ -94,7 +99,10 @@ def arms(config: Config) -> dict[str, Arm]:
         "fine-tuning": Arm(summed, (), l2),
         "l2": Arm(summed, config.l2_strengths, l2),
         "si": Arm(synaptic, config.si_strengths),
-        "ewc": Arm(merged, config.ewc_strengths),
+        "ewc": Arm(merged(fisher), config.ewc_strengths),
+        "squisher": Arm(
+            merged(consolidate_second_moment(config.batch_size)), config.ewc_strengths
+        ),
         "online ewc": Arm(summed, config.ewc_strengths, online_ewc),
         "mas": Arm(summed, config.mas_strengths, mas),
         "joint": Arm(plain),

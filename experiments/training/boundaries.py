@@ -62,6 +62,27 @@ def consolidate_fisher(model: Model, count: int) -> Boundary:
     return consolidate_importance(measure, count)
 
 
+def consolidate_second_moment(
+    batch_size: int, power: float = 1.0, b2: float = 0.999
+) -> Boundary:
+    """EWC with what Adam has kept, :func:`si_jax.importance.second_moment`: no pass.
+
+    It belongs before :func:`reset`.
+    """
+
+    def boundary(
+        carry: Carry, examples: AnyExamples, task: Task, key: jax.Array
+    ) -> Carry:
+        del examples, task, key
+        params, opt_state, _ = carry
+        kept = importance.second_moment(
+            opt_state, b2=b2, batch_size=batch_size, power=power
+        )
+        return carry._replace(opt_state=ewc.consolidate(opt_state, params, kept))
+
+    return boundary
+
+
 def consolidate_sensitivity(model: Model, count: int) -> Boundary:
     """MAS: :func:`consolidate_importance` with the sensitivity of the outputs.
 

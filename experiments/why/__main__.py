@@ -67,6 +67,11 @@ def run(config: Config) -> None:
             found = measure(run, record.config.max_parallel)
             record.add(run.label, found, lambda _: {})
         scales = {"l2": 1.0, **record.runs[run.name]["scale"]}
+        if missing := {*config.importances} - {*scales, "fine-tuning"}:
+            raise command.UserError(
+                f"{record.folder} was measured before there was "
+                f"{', '.join(sorted(missing))}: choose another --out."
+            )
         for of in config.importances:
             arm = dataclasses.replace(
                 holding(run, of),

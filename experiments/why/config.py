@@ -18,6 +18,8 @@ Name = Literal[
     "absolute",
     "squared",
     "hessian",
+    "squisher",
+    "sos",
 ]
 
 
@@ -33,6 +35,8 @@ TITLES: dict[str, str] = {
     "absolute": "Σ|g|",
     "squared": "Σg²",
     "hessian": "Hessian",
+    "squisher": "Adam's ν",
+    "sos": "√(Adam's ν)",
 }
 
 
@@ -55,7 +59,7 @@ class Config(command.Options):
     """MNIST itself through TFDS, or 5,000 of its digits that need no download."""
     batch_sizes: tuple[int, ...] = (32, 256, 2048)
     """Examples a step, in runs of their own; more can be added in the same --out."""
-    importances: tuple[Name, ...] = get_args(Name)[:-1]  # the Hessian costs most
+    importances: tuple[Name, ...] = get_args(Name)[:-3]  # the Hessian costs most
     """What to learn with, likewise; none: only measure."""
     seeds: int = 5
     """Runs of each on the test set, with the seeds 0, 1, …; more can be added later."""

@@ -76,6 +76,12 @@ def shares(omega: dict[str, Sequence[float]]) -> dict[str, np.ndarray]:
     }
 
 
+def correlated(found: dict[str, Any]) -> Sequence[str]:
+    """The importances; of an older record, those that there were."""
+    (layer, *_) = found["layers"].values()
+    return CORRELATED[: np.shape(layer["rank"])[-1]]
+
+
 def bias_table(runs: dict[str, Any]) -> str:
     """A row a batch size: Σω, without its bias, the loss drop, the bias' shares."""
     rows = [["batch size", "Σω", "unbiased", "loss drop"]]
@@ -92,7 +98,7 @@ def correlation_table(runs: dict[str, Any], with_: str) -> str:
     column, rows = CORRELATED.index(with_), []
     for batch_size, found in measured(runs).items():
         rows.append([f"batch size {batch_size}", *found["layers"]])
-        for i, name in enumerate(CORRELATED):
+        for i, name in enumerate(correlated(found)):
             if i == column:
                 continue
             row = [f"  {TITLES[name]}"]
@@ -139,15 +145,19 @@ def accuracy_table(runs: dict[str, Any]) -> str:
 
 def correlations_figure(runs: dict[str, Any], name: str) -> Figure:
     """All pairs, a panel a batch size and layer."""
+    names = min(map(correlated, measured(runs).values()), key=len)
     return figures.pairs(
         {
             f"batch size {batch_size}": {
-                layer: {k: np.mean(x[k], axis=0) for k in ("rank", "linear")}
+                layer: {
+                    k: np.mean(x[k], axis=0)[: len(names), : len(names)]
+                    for k in ("rank", "linear")
+                }
                 for layer, x in found["layers"].items()
             }
             for batch_size, found in measured(runs).items()
         },
-        [TITLES[x] for x in CORRELATED],
+        [TITLES[x] for x in names],
         suptitle=f"{name}, after the first task",
     )
 

@@ -16,6 +16,7 @@ from experiments.training.boundaries import (
     consolidate,
     consolidate_fisher,
     consolidate_importance,
+    consolidate_second_moment,
     consolidate_sensitivity,
     reset,
 )
@@ -64,7 +65,7 @@ def watch() -> optax.GradientTransformation:
     return optax.GradientTransformation(init, update)
 
 
-def boundaries(model: MLP, count: int) -> dict[str, Boundary]:
+def boundaries(model: MLP, count: int, batch_size: int) -> dict[str, Boundary]:
     """Each importance as what adds it, at a task's end, to that of EWC's link.
 
     The optimizer is a named chain of Synaptic Intelligence with strength 0, ``"si"``,
@@ -137,6 +138,8 @@ def boundaries(model: MLP, count: int) -> dict[str, Boundary]:
         "absolute": added(lambda carry: carry.opt_state["watched"].absolute),
         "squared": added(lambda carry: carry.opt_state["watched"].squared),
         "hessian": consolidate_importance(hessian, count),
+        "squisher": consolidate_second_moment(batch_size),
+        "sos": consolidate_second_moment(batch_size, power=0.5),
     }
 
 
@@ -154,7 +157,7 @@ def holding(run: Run, name: str) -> Run:
 def make_learner(config: Config, batch_size: int) -> Callable[..., Learner]:
     """The pieces of a run with any of the importances: one program for all of them."""
     model = MLP(config.hidden, 10, config.zero_init_output)
-    every = tuple(boundaries(model, config.importance_examples).values())
+    every = tuple(boundaries(model, config.importance_examples, batch_size).values())
 
     def make(strength: jax.Array, damping: jax.Array, importance: jax.Array) -> Learner:
         tx = optax.named_chain(
