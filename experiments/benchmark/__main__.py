@@ -12,6 +12,7 @@ from experiments.benchmark.findings import figure, summarize, table
 from experiments.benchmark.steps import (
     CALLS,
     LARGE,
+    time_boundary,
     time_calls,
     time_convolutions,
     time_net,
@@ -36,6 +37,7 @@ def run(config: Config) -> None:
     }
     if config.convolutions:
         todo["convolutions"] = time_convolutions
+    todo["boundary"] = time_boundary
     todo["update"] = functools.partial(time_update, large=False)
     if config.large:
         todo[LARGE] = functools.partial(time_update, large=True)

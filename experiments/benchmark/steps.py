@@ -4,7 +4,7 @@ import functools
 import importlib.util
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -25,6 +25,7 @@ from experiments.engine.timing import (
 )
 from experiments.networks.models import CNN, MLP
 from experiments.training.loop import sum_over_parts
+from si_jax import ewc, importance
 
 
 class Net(NamedTuple):
@@ -74,6 +75,9 @@ MATRIX = 1024, 4096
 CALLS = "step by step"
 
 
+PASS = 1000  # examples of a pass for the Fisher information
+
+
 REGION_ANALYSIS = {"xla_cpu_copy_insertion_use_region_analysis": True}
 
 
@@ -83,31 +87,45 @@ class Method(NamedTuple):
     Attributes:
       tx: the optimizer.
       moved: bytes a float32 parameter that its update must read and write.
-      synaptic: whether it is one with Synaptic Intelligence.
+      close: ``(state, parameters) → state`` at a task's end.
       options: of XLA, to compile its programs with.
     """
 
     tx: optax.GradientTransformationExtraArgs
     moved: int
-    synaptic: bool = True
+    close: Callable[[optax.OptState, optax.Params], optax.OptState]
     options: Mapping[str, Any] = {}
 
     def start(self, params: optax.Params) -> optax.OptState:
-        """Its state in a second task; Ω is zero there, but multiplied all the same."""
-        opt_state = self.tx.init(params)
-        return si_jax.consolidate(opt_state, params) if self.synaptic else opt_state
+        """Its state in a second task; SI's Ω is zero there, but multiplied as ever."""
+        return self.close(self.tx.init(params), params)
 
 
 def methods() -> dict[str, Method]:
-    """Adam alone, and under either form of Synaptic Intelligence."""
+    """Adam alone, under either form of Synaptic Intelligence, and behind EWC."""
     adam = optax.adam(1e-3)
-    wrap = functools.partial(si_jax.with_synaptic_intelligence, adam, 0.1, 0.1)
-    link = Method(optax.chain(si_jax.synaptic_intelligence(0.1, 0.1), adam), 60)
+
+    def wrapper(moved: int, state_dtype: str | None = None) -> Method:
+        tx = si_jax.with_synaptic_intelligence(adam, 0.1, 0.1, state_dtype=state_dtype)
+        return Method(tx, moved, si_jax.consolidate)
+
+    def elastic(moved: int, state_dtype: str | None = None) -> Method:
+        memory = ewc.elastic_weight_consolidation(0.1, state_dtype=state_dtype)
+        return Method(optax.chain(memory, adam), moved, with_ones)
+
+    def with_ones(opt_state: optax.OptState, params: optax.Params) -> optax.OptState:
+        return ewc.consolidate(opt_state, params, jax.tree.map(jnp.ones_like, params))
+
+    first = si_jax.synaptic_intelligence(0.1, 0.1)
+    link = Method(optax.chain(first, adam), 60, si_jax.consolidate)
     found = {
-        "adam": Method(adam, 28, synaptic=False),
-        "wrapper": Method(wrap(), 44),
-        "wrapper, bfloat16 Ω and θ̃": Method(wrap(state_dtype="bfloat16"), 40),
+        "adam": Method(adam, 28, lambda opt_state, _: opt_state),
+        "wrapper": wrapper(44),
+        "wrapper, bfloat16 Ω and θ̃": wrapper(40, "bfloat16"),
         "link": link,
+        "wrapper, compact": wrapper(35, "compact"),
+        "ewc": elastic(36),
+        "ewc, bfloat16": elastic(32, "bfloat16"),
     }
     if jax.default_backend() == "cpu" and compiles_with(REGION_ANALYSIS):
         found["link, region analysis"] = link._replace(options=REGION_ANALYSIS)
@@ -257,6 +275,37 @@ def time_convolutions(config: Config) -> dict[str, Any]:
     }
     found = one_by_one(makers, min(config.repetitions, 3))  # one takes half a minute
     return found | {"batch_size": NETS["split CIFAR"].batch_size}
+
+
+def time_boundary(config: Config) -> dict[str, Any]:
+    """EWC's importance at a task's end, on the permuted-MNIST net.
+
+    In a pass over examples, the Fisher information; and from what Adam has kept.
+    """
+    net = NETS["permuted MNIST"]
+    adam, images = optax.adam(1e-3), jnp.ones((PASS, *net.image_shape))
+    params = net.model.init(jax.random.key(0), images[:1])
+    _, opt_state = adam.update(params, adam.init(params), params)
+
+    def logits(params, image):
+        return net.model.apply(params, image[None])[0]
+
+    def measured(params, images, key):
+        return importance.fisher(logits, params, images, key)
+
+    def kept(opt_state):
+        return importance.second_moment(opt_state, b2=0.999, batch_size=net.batch_size)
+
+    def program(function: Callable[..., Any], *arguments: Any) -> Program:
+        compiled = jax.jit(function).lower(*arguments).compile()
+        return Program(lambda: jax.block_until_ready(compiled(*arguments)), 1, {})
+
+    key = jax.random.key(0)
+    programs = {
+        f"Fisher, {PASS} examples": program(measured, params, images, key),
+        "second moment": program(kept, opt_state),
+    }
+    return measure(programs, min(config.repetitions, 3))  # one takes seconds
 
 
 def time_update(config: Config, *, large: bool) -> dict[str, Any]:
