@@ -69,6 +69,7 @@ class Diagnosis(NamedTuple):
 def _remarks(found: Diagnosis) -> list[str]:
     """What in the table points to a mistake; the columns are NumPy's."""
     omega, earned, moved = found.importance, found.path_integral, found.displacement
+    # The sum is no finite number where either is none.
     sums = {name: x + earned.get(name, 0) for name, x in omega.items()}
     no_number = [name for name, x in sums.items() if not math.isfinite(x)]
     resting = [name for name, x in earned.items() if x and not moved[name]]

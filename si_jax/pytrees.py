@@ -78,6 +78,7 @@ def align(tree: Any, like: optax.Params, name: str) -> Any:
                 )
             aligned.append(leaf)
     for path, leaf in leaves.items():
+        # A MaskedNode may stand for a leaf or for a whole subtree.
         if any(path[:depth] in masked for depth in range(len(path) + 1)):
             continue
         if not jnp.issubdtype(getattr(leaf, "dtype", bool), jnp.inexact):

@@ -75,6 +75,7 @@ def carry_over(opt_state: optax.OptState, *, into: optax.OptState) -> optax.OptS
     if not find_memories(opt_state):
         return _begin(opt_state, into)
     old = find_memories(opt_state)
+    # Of a batched state the shapes would mislead.
     for state in (*old, *new):
         checks.scalar(state.strength)
     remaining = {}
@@ -138,6 +139,7 @@ def _without_memories(opt_state: optax.OptState) -> optax.OptState:
         if not is_changed(x):
             return x
         rest = tuple(_without_memories(y) for y in x if not is_link(y))
+        # SI and one optimizer in a chain: the old one needs no chain.
         return rest[0] if len(rest) == 1 else rest
 
     return jax.tree.map(without, opt_state, is_leaf=is_changed)
@@ -155,6 +157,7 @@ def _carry_synaptic(old: Any, new: Any) -> Any:
     reference = extend(old.synapses.reference, new.synapses.reference)
     from_link, to_link = (isinstance(x, SynapticIntelligenceState) for x in (old, new))
     if from_link and not to_link:
+        # A link is credited one call later; a wrapper has no place for that step.
         now = _now(new.synapses.reference, old.last_params)
         old = transform.observe(old, now, old.last_grads)
     synapses = Synapses(
@@ -165,6 +168,7 @@ def _carry_synaptic(old: Any, new: Any) -> Any:
     if not to_link:
         return new._replace(synapses=synapses)
     if not from_link:
+        # A wrapper has been credited with all: no step is pending.
         return new._replace(
             synapses=synapses,
             last_grads=jax.tree.map(zeros, new.last_grads),

@@ -61,6 +61,7 @@ def sweep(
         return train(jax.random.key(seed), *rest, **hyperparameters)
 
     all_runs = over_runs(run, devices, mapped=2, max_parallel=max_parallel)
+    # Seeds, not keys: spread takes what NumPy can hold.
     own = spread((np.asarray(columns[0], np.uint32), values), devices)
     results = all_runs(*own, *replicate(shared, devices))
     return jax.tree.map(
@@ -166,6 +167,7 @@ def over_runs(
         def one(arguments):
             return function(*arguments, *rest)
 
+        # A batch of one would still be a vmap.
         return jax.lax.map(one, own, batch_size=parallel if parallel > 1 else None)
 
     on_each_device = jax.shard_map(

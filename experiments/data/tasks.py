@@ -84,6 +84,7 @@ def split_classes(
         if not 0 <= min(group) <= max(group) < outputs:
             raise ValueError(f"classes {group} do not fit into {outputs} outputs.")
         row[group] = True
+    # Padding is example 0: a row that can be looked up, and counts nowhere.
     index = np.zeros((len(groups), max(sizes)), np.int32)
     for row, m in zip(index, members, strict=True):
         row[: len(m)] = m

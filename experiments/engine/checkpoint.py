@@ -69,6 +69,7 @@ class Checkpoints:
                 self._folder,
                 str(error).splitlines()[0],
             )
+        # Out here, or the handler would take it for the storage's error.
         if newest is not None and step <= newest:
             raise ValueError(
                 f"step {step} is not above the newest checkpoint, {newest}, in "

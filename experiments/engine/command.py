@@ -222,6 +222,7 @@ def parse(config_class: type[Config], name: str, arguments: list[str]) -> Config
     )
     words = [word for key, value in entries.items() for word in _flag(key, value)]
     prog = f"python -m experiments.{name}"
+    # The file by itself first, so that a mistake in it is not taken for a flag's.
     try:
         base = tyro.cli(config_class, args=words, prog=prog)
     except SystemExit:

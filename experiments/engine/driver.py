@@ -89,6 +89,7 @@ def trained(run: Run, record: Record) -> Carry:
         return run.make_learner(**values).init(init_key(jax.random.key(seed)))
 
     seeds = np.asarray(run.seeds, np.uint32)
+    # Shapes alone: what a checkpoint is read into.
     carry = jax.eval_shape(jax.vmap(init), seeds, values)
     stages, tasks = (
         len(jax.tree.leaves(x)[0])

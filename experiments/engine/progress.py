@@ -82,6 +82,7 @@ def train(
     with _bar(run, pieces, position) as bar:
         while position < pieces.stages * epochs:
             state, report = _train(run, pieces, record, state, position)
+            # Of the epoch that was trained: the first task's checkpoints may be shared.
             key = run.key(position)
             position += 1
             ends = position % epochs == 0

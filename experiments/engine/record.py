@@ -75,6 +75,7 @@ class Record:
         head = {"experiment": experiment, "config": settings}
         finished = self._read("results.json") or {"runs": {}, "summary": {}}
         self._refuse_another({**head, **finished}, head)
+        # A record that was copied here comes without one.
         started = self._read("config.json")
         if started is None:
             started = {**head, "versions": versions()}
@@ -160,6 +161,7 @@ class Record:
             parts = [*parts, part_of(run, now, earlier)]
             run = joined(before, run) | {"parts": parts}
         else:
+            # A run names its versions where they are not the record's.
             if now != self.content["versions"]:
                 run["versions"] = now
             if earlier:

@@ -360,6 +360,7 @@ def correlations(matrices: Mapping[str, Mapping[str, ArrayLike]]) -> Figure:
         for method, layers in matrices.items()
     }
     every = [np.abs(x).ravel() for of in others.values() for x in of.values()]
+    # One scale for all panels, white at 0.
     limit = max(finite_of(np.concatenate(every)), default=1.0)
     size = (2.2 * columns + 0.8, 2.2 * rows + 0.3)
     figure = Figure(figsize=size, layout="constrained")

@@ -57,6 +57,7 @@ def colours_of(
     for method, of in strengths.items():
         colour = np.asarray(to_rgb(known.get(method) or next(rest)))
         for i, name in enumerate(of):
+            # From the pure colour towards white, never all the way.
             found[name] = tuple(colour + (1 - colour) * 0.7 * i / len(of))
     return found
 

@@ -117,6 +117,7 @@ def trajectories(
     panels = figure.subplots(1, len(losses), sharex=True, sharey=True)
     for task, (panel, loss) in enumerate(zip(panels, losses, strict=True)):
         panel.contourf(x, y, np.sqrt(np.asarray(loss)), 20, cmap="Blues")
+        # The methods share their way through the first task.
         first = np.asarray(next(iter(paths.values())))[0]
         panel.plot(*first.T, color="tab:green", linewidth=2.5, label="task 1")
         for (name, path), color in zip(

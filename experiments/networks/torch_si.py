@@ -88,6 +88,7 @@ def usual(
     def step(images: torch.Tensor, labels: torch.Tensor) -> None:
         optimizer.zero_grad()
         criterion(model(images)[:, outputs], labels).backward()
+        # Copied before the penalty's backward pass adds to them.
         grads = [p.grad.clone() for p in si.params if p.grad is not None]
         before = [p.detach().clone() for p in si.params]
         si.penalty().backward()
@@ -106,6 +107,7 @@ def careful(model: nn.Module) -> Callable[..., None]:
 
     def pull_and_move() -> None:
         grads = [p.grad for p in si.params if p.grad is not None]
+        # Times 1, to copy a list of tensors in one call.
         task = torch._foreach_mul(grads, 1.0)
         before = torch._foreach_mul(si.params, 1.0)
         pull = torch._foreach_sub(before, si.reference)

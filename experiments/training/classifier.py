@@ -106,6 +106,7 @@ def _epoch_of(
 
     def gradient(params, classes, batch, key):
         """Of the batch's mean loss; the sums of its losses and hits."""
+        # Of the whole batch: what its parts sum to is then its mean.
         count = batch[-1].sum()
 
         def part(examples, key):
@@ -120,6 +121,7 @@ def _epoch_of(
     def epoch(
         carry: Carry, examples: AnyExamples, task: Task, key: jax.Array
     ) -> tuple[Carry, Epoch]:
+        # Without dropout the order alone draws from the key.
         order_key, dropout_key = jax.random.split(key) if dropout else (key, key)
         order = shuffle(task, order_key)
 

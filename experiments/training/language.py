@@ -145,6 +145,7 @@ def draw(
        [0 1 2 3]]
     """
     text_key, start_key = jax.random.split(key)
+    # A share of 0 becomes −∞, which is never drawn.
     which = jax.random.categorical(text_key, jnp.log(shares), shape=(count,))
     begin, size = (jnp.asarray(x)[which] for x in (texts.begin, texts.size))
     starts = jax.random.randint(start_key, (count,), begin, begin + size - length + 1)
@@ -220,6 +221,7 @@ def learner(
 
         if not micro_batch:
             return part(windows, None)
+        # Nothing is drawn in a part: any key will do.
         return sum_over_parts(part, windows, jax.random.key(0), micro_batch)
 
     def epoch(
@@ -309,6 +311,7 @@ def sample(
       cdef
     """
     seen = prompt[-length:]
+    # Always of one length; a decoder does not look at the zeros behind.
     window = jnp.zeros(length, jnp.uint8).at[: len(seen)].set(seen)
 
     def write(running, key):

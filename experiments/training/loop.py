@@ -132,6 +132,7 @@ def remembering(learner: Learner, tasks: int) -> Learner:
     def finish(
         carry: Carry, examples: AnyExamples, task: Task, key: jax.Array
     ) -> Carry:
+        # Before the boundary, which sets ω to 0.
         kept = jax.tree.map(
             lambda old, new: jnp.concatenate([old[1:], new[None]]),
             carry.path_integrals,
@@ -170,6 +171,7 @@ def descend(
         return (params, opt_state), jax.tree.map(jnp.add, seen, new)
 
     zero = jnp.zeros(())
+    # No scan: how many steps there are is traced, as tasks differ in size.
     (params, opt_state), seen = jax.lax.fori_loop(
         0, steps, step, ((carry.params, carry.opt_state), (zero, zero))
     )
@@ -247,6 +249,7 @@ def with_synapses(report: Epoch, start: Carry, end: Carry) -> Epoch:
     before, after = (si_jax.synapses(carry.opt_state) for carry in (start, end))
     omega = jnp.concatenate(list(map(jnp.ravel, jax.tree.leaves(after.path_integral))))
     largest = [x.max() for x in jax.tree.leaves(after.importance)]
+    # ω runs on through a task: the difference is this epoch's.
     return report._replace(
         path_integral=total(after.path_integral) - total(before.path_integral),
         negative=jnp.mean(omega < 0, dtype=jnp.float32),
@@ -357,6 +360,7 @@ def train(
             return learner.epoch(carry, train_examples, task, epoch_key(key, number, i))
 
         carry, reports = jax.lax.scan(one_epoch, carry, jnp.arange(epochs))
+        # The key behind the last epoch's, as the driver of long runs has it.
         end = epoch_key(key, number, epochs)
         carry = learner.finish(carry, train_examples, task, end)
         test = learner.evaluate(carry, test_examples, test_tasks)
