@@ -39,20 +39,20 @@ class Diagnosis(NamedTuple):
         """A table with a row for each leaf and the sums below."""
         if any(isinstance(x, jax.core.Tracer) or x.ndim for x in self.share.values()):
             return repr(self)  # under jit, or of several networks
-        found = Diagnosis(*jax.device_get(tuple(self)))
+        report = Diagnosis(*jax.device_get(tuple(self)))
 
         def row(name: str) -> list[str]:
-            columns = (column.get(name) for column in found)
+            columns = (column.get(name) for column in report)
             return [name, *("" if x is None else f"{x:.3g}" for x in columns)]
 
         sums = {"importance", "share", "path_integral", "penalty"}
         rows = [["", "ΣΩ", "max Ω", "share", "Σω", "penalty", "displacement"]]
-        rows += map(row, found.share)
+        rows += map(row, report.share)
         rows += [
             ["all"]
             + [
                 f"{sum(column.values()):.3g}" if name in sums and column else ""
-                for name, column in found._asdict().items()
+                for name, column in report._asdict().items()
             ]
         ]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -63,12 +63,12 @@ class Diagnosis(NamedTuple):
             ).rstrip()
             for first, *rest in rows
         ]
-        return "\n".join(lines + _remarks(found))
+        return "\n".join(lines + _remarks(report))
 
 
-def _remarks(found: Diagnosis) -> list[str]:
+def _remarks(report: Diagnosis) -> list[str]:
     """What in the table points to a mistake; the columns are NumPy's."""
-    omega, earned, moved = found.importance, found.path_integral, found.displacement
+    omega, earned, moved = report.importance, report.path_integral, report.displacement
     # The sum is no finite number where either is none.
     sums = {name: x + earned.get(name, 0) for name, x in omega.items()}
     no_number = [name for name, x in sums.items() if not math.isfinite(x)]

@@ -80,7 +80,7 @@ def carry_over(opt_state: optax.OptState, *, into: optax.OptState) -> optax.OptS
         checks.scalar(state.strength)
     remaining = {}
     for kind, name in ((_Synaptic, "SI"), (ElasticWeightConsolidationState, "EWC")):
-        counts = [sum(isinstance(x, kind) for x in found) for found in (old, new)]
+        counts = [sum(isinstance(x, kind) for x in memories) for memories in (old, new)]
         if counts[0] != counts[1]:
             raise ValueError(
                 f"opt_state holds {name} {counts[0]} times and into {counts[1]} times: "
@@ -93,8 +93,10 @@ def carry_over(opt_state: optax.OptState, *, into: optax.OptState) -> optax.OptS
             return _carry_elastic(next(remaining[type(state)]), state)
         return _carry_synaptic(next(remaining[_Synaptic]), state)
 
-    own = jax.tree.map(lambda x: jnp.copy(x) if isinstance(x, jax.Array) else x, into)
-    return _map_memories(carry, own)
+    copies = jax.tree.map(
+        lambda x: jnp.copy(x) if isinstance(x, jax.Array) else x, into
+    )
+    return _map_memories(carry, copies)
 
 
 def _begin(opt_state: optax.OptState, into: optax.OptState) -> optax.OptState:
@@ -382,19 +384,19 @@ def surrogate_loss(opt_state: optax.OptState, params: optax.Params) -> jax.Array
 
 def find_memories(opt_state: optax.OptState) -> list[Any]:
     """The states of SI and EWC inside ``opt_state``, in the order of its leaves."""
-    found = []
+    memories = []
     for state in states(opt_state, _Memory):
-        found.append(state)  # the wrapper's optimizer may hold more of them
+        memories.append(state)  # the wrapper's optimizer may hold more of them
         if isinstance(state, WithSynapticIntelligenceState):
-            found += find_memories(state.inner_state)
-    return found
+            memories += find_memories(state.inner_state)
+    return memories
 
 
 def require_once(opt_state: optax.OptState) -> list[Any]:
     """The memories inside ``opt_state``, each parameter in one of them at most."""
-    found = _require(opt_state)
+    memories = _require(opt_state)
     seen = set()
-    for state in found:
+    for state in memories:
         for path, _ in jax.tree_util.tree_leaves_with_path(remembered(state)[1]):
             if path in seen:
                 raise ValueError(
@@ -403,7 +405,7 @@ def require_once(opt_state: optax.OptState) -> list[Any]:
                     "that you mean, of a chain one entry."
                 )
             seen.add(path)
-    return found
+    return memories
 
 
 def remembered(state: Any) -> tuple[optax.Params, optax.Params]:
@@ -433,8 +435,8 @@ def _map_memories(
 
 
 def _require(opt_state: optax.OptState, name: str = "opt_state") -> list[Any]:
-    if found := find_memories(opt_state):
-        return found
+    if memories := find_memories(opt_state):
+        return memories
     raise _none(opt_state, name)
 
 

@@ -62,8 +62,8 @@ def sweep(
 
     all_runs = over_runs(run, devices, mapped=2, max_parallel=max_parallel)
     # Seeds, not keys: spread takes what NumPy can hold.
-    own = spread((np.asarray(columns[0], np.uint32), values), devices)
-    results = all_runs(*own, *replicate(shared, devices))
+    per_run = spread((np.asarray(columns[0], np.uint32), values), devices)
+    results = all_runs(*per_run, *replicate(shared, devices))
     return jax.tree.map(
         lambda x: x[: len(points)].reshape(*shape, *x.shape[1:]), results
     )
@@ -106,13 +106,13 @@ def gather(tree: Any, runs: int) -> Any:
       ConnectionError: if another process is gone.
     """
     if jax.process_count() == 1:
-        found = jax.device_get(tree)
+        arrays = jax.device_get(tree)
     else:
         try:
-            found = multihost_utils.process_allgather(tree, tiled=True)
+            arrays = multihost_utils.process_allgather(tree, tiled=True)
         except (ValueError, jax.errors.JaxRuntimeError) as error:
             raise ConnectionError(str(error).splitlines()[0]) from error
-    return jax.tree.map(lambda x: x[:runs], found)
+    return jax.tree.map(lambda x: x[:runs], arrays)
 
 
 def _place(tree: Any, sharding: NamedSharding) -> Any:
@@ -163,12 +163,12 @@ def over_runs(
     parallel = max_parallel or (1 if on_cpu else 64)
     runs, shared = PartitionSpec("runs"), PartitionSpec()
 
-    def each(own, rest):
+    def each(per_run, rest):
         def one(arguments):
             return function(*arguments, *rest)
 
         # A batch of one would still be a vmap.
-        return jax.lax.map(one, own, batch_size=parallel if parallel > 1 else None)
+        return jax.lax.map(one, per_run, batch_size=parallel if parallel > 1 else None)
 
     on_each_device = jax.shard_map(
         each, mesh=mesh, in_specs=(runs, shared), out_specs=runs, check_vma=False
