@@ -186,5 +186,5 @@ def accuracy(
 ) -> float:
     """The fraction of a task's examples that is classified correctly."""
     with torch.no_grad():
-        found = model(images)[:, group[0] : group[-1] + 1].argmax(1) + group[0]
-    return float((found == labels).float().mean())
+        predictions = model(images)[:, group[0] : group[-1] + 1].argmax(1) + group[0]
+    return float((predictions == labels).float().mean())

@@ -106,8 +106,8 @@ class Block(nnx.Module):
         width = x.shape[-1] // self.heads
         split = parts.reshape(-1, length, 3, self.heads, width)
         query, key, value = (split[:, :, i] for i in range(3))
-        found = jax.nn.dot_product_attention(query, key, value, is_causal=True)
-        x = x + self.gather(found.reshape(x.shape))
+        attention = jax.nn.dot_product_attention(query, key, value, is_causal=True)
+        x = x + self.gather(attention.reshape(x.shape))
         return x + self.narrow(nnx.relu(self.widen(self.before_perceptron(x))))
 
 
