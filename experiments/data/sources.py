@@ -122,8 +122,8 @@ def _lacking(name: str, folder: Path, prepared: Path) -> str:
     if prepared.is_dir():
         return f"{prepared} has no dataset_info.json, which TFDS writes to the records"
     if prepared.parent.is_dir():
-        found = ", ".join(sorted(x.name for x in prepared.parent.iterdir()))
-        return f"{prepared.parent} has no {prepared.name}, but {found or 'nothing'}"
+        versions = ", ".join(sorted(x.name for x in prepared.parent.iterdir()))
+        return f"{prepared.parent} has no {prepared.name}, but {versions or 'nothing'}"
     return ""
 
 

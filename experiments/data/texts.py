@@ -20,8 +20,8 @@ def prose() -> bytes:
 def source(package: str, name: str = "*.py") -> bytes:
     """The modules of one of the standard library's packages, by name."""
     files = importlib.resources.files(package).iterdir()
-    found = {x.name: x for x in files if Path(x.name).match(name)}
-    return b"".join(found[name].read_bytes() for name in sorted(found))
+    by_name = {x.name: x for x in files if Path(x.name).match(name)}
+    return b"".join(by_name[name].read_bytes() for name in sorted(by_name))
 
 
 SHIPPED = {
