@@ -53,13 +53,13 @@ def colours_of(
         strengths.setdefault((methods or {}).get(name, name), []).append(name)
     known = dict(zip(METHODS, COLOURS, strict=False))
     rest = itertools.cycle(x for x in COLOURS if x not in map(known.get, strengths))
-    found = {}
+    colours = {}
     for method, of in strengths.items():
         colour = np.asarray(to_rgb(known.get(method) or next(rest)))
         for i, name in enumerate(of):
             # From the pure colour towards white, never all the way.
-            found[name] = tuple(colour + (1 - colour) * 0.7 * i / len(of))
-    return found
+            colours[name] = tuple(colour + (1 - colour) * 0.7 * i / len(of))
+    return colours
 
 
 def error_of(curve: np.ndarray) -> np.ndarray:

@@ -41,10 +41,10 @@ def quadratic(
     """
     figure = Figure(figsize=(6.6, 5.6), layout="constrained")
     (error, average), (by_batch, by_rate) = figure.subplots(2, 2)
-    for (kind, found), marker in zip(
+    for (kind, series), marker in zip(
         errors.items(), itertools.cycle("os^D"), strict=False
     ):
-        error.loglog(learning_rates, found["eq. 11"], label=kind, marker=marker)
+        error.loglog(learning_rates, series["eq. 11"], label=kind, marker=marker)
         half = averaged[kind]["half the Hessian"]
         (points,) = average.plot(
             half, averaged[kind]["mean ω / σ²"], marker, label=kind, markersize=5
@@ -61,7 +61,7 @@ def quadratic(
     error.set_ylabel("largest relative error")
     error.set_title("ω against eq. 11: the error falls with η")
     error.legend(frameon=False)
-    top = max(max(found["half the Hessian"]) for found in averaged.values())
+    top = max(max(series["half the Hessian"]) for series in averaged.values())
     average.plot([0, top], [0, top], color="0.6", zorder=0, linewidth=1)
     average.set_xlabel("H/2, diagonal")
     average.set_ylabel("⟨ω⟩/σ² (filled), median of Ω (open)")
@@ -70,12 +70,12 @@ def quadratic(
         (by_batch, "by batch size", batch_sizes),
         (by_rate, "by learning rate", noisy_learning_rates),
     ):
-        for (name, found), marker in zip(
+        for (name, ratios), marker in zip(
             ((k, v) for k, v in noisy.items() if isinstance(v, Mapping)),
             itertools.cycle("os^D"),
             strict=False,
         ):
-            ratio = np.asarray(found[by]).mean(1)
+            ratio = np.asarray(ratios[by]).mean(1)
             if name.endswith("predicted"):
                 panel.plot(values, ratio, "k:", label=name)
             else:
@@ -143,11 +143,11 @@ def trajectories(
 
 
 @styled
-def surrogate(found: Mapping[str, Any]) -> Figure:
+def surrogate(curves: Mapping[str, Any]) -> Figure:
     """Fig. 2: a loss, its surrogate and the quadratic of its Hessian.
 
     Args:
-      found: on the ``"grid"`` of the parameter ``"loss"``, ``"surrogate"`` and
+      curves: on the ``"grid"`` of the parameter ``"loss"``, ``"surrogate"`` and
         ``"hessian"``; and ``"start"`` and ``"end"``: parameter, loss and surrogate.
 
     Returns:
@@ -155,20 +155,20 @@ def surrogate(found: Mapping[str, Any]) -> Figure:
     """
     figure = Figure(figsize=(4.2, 3.0), layout="constrained")
     axes = figure.subplots()
-    grid = found["grid"]
-    axes.plot(grid, found["loss"], "k", label="loss of task 1")
-    axes.plot(grid, found["surrogate"], "tab:green", label="surrogate loss")
+    grid = curves["grid"]
+    axes.plot(grid, curves["loss"], "k", label="loss of task 1")
+    axes.plot(grid, curves["surrogate"], "tab:green", label="surrogate loss")
     axes.plot(
-        grid, found["hessian"], color="tab:purple", linestyle="--", label="Hessian"
+        grid, curves["hessian"], color="tab:purple", linestyle="--", label="Hessian"
     )
     for name, text, offset in (
         ("start", "θ(0)", (4, 5)),
         ("end", "θ(T)", (5, -12)),
     ):
-        parameter, loss, _ = found[name]
+        parameter, loss, _ = curves[name]
         axes.plot(parameter, loss, "ko", markersize=5)
         axes.annotate(text, (parameter, loss), offset, textcoords="offset points")
-    axes.set_ylim(-0.15, 1.15 * max(found["loss"]))
+    axes.set_ylim(-0.15, 1.15 * max(curves["loss"]))
     axes.set_xlabel("θ")
     axes.set_ylabel("Loss")
     figure.legend(loc="outside lower center", ncols=3, frameon=False)
