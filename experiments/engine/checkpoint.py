@@ -100,13 +100,13 @@ class Checkpoints:
             for step in sorted(manager.all_steps(), reverse=True):
                 wrong, tree, path = "", None, self._folder / str(step)
                 try:
-                    there = _leaves(manager.item_metadata(step).tree)
-                    if not (differences := _differences(there, _leaves(content))):
-                        found = manager.restore(
+                    leaves = _leaves(manager.item_metadata(step).tree)
+                    if not (differences := _differences(leaves, _leaves(content))):
+                        contents = manager.restore(
                             step, args=ocp.args.StandardRestore(content)
                         )
-                        tree = found["tree"]
-                        if found["checksum"] != _checksum(tree):
+                        tree = contents["tree"]
+                        if contents["checksum"] != _checksum(tree):
                             wrong = "its checksum does not fit"
                 except Exception as error:  # whatever the storage layers raise
                     differences = []
@@ -165,18 +165,18 @@ def _stored(tree: Any) -> Any:
     return jax.tree_util.tree_map_with_path(leaf, tree)
 
 
-def _as_asked(found: Any, like: Any) -> Any:
+def _as_asked(leaf: Any, like: Any) -> Any:
     """A leaf from :func:`_stored`, as that of ``like``."""
     if not hasattr(like, "dtype"):
-        return found
+        return leaf
     if like.size == 0:
         empty = np.zeros if isinstance(like, np.ndarray) else jnp.zeros
         return empty(like.shape, like.dtype)
     if _is_key(like):
         kinds: list[Any] = []
         jax.eval_shape(lambda key: kinds.append(jax.random.key_impl(key)), like)
-        return jax.random.wrap_key_data(found, impl=kinds[0])
-    return found
+        return jax.random.wrap_key_data(leaf, impl=kinds[0])
+    return leaf
 
 
 def _is_key(x: Any) -> bool:
@@ -199,7 +199,7 @@ def _word(key: Any) -> str:
     return str(key)
 
 
-def _differences(there: dict[Any, Any], asked: dict[Any, Any]) -> list[str]:
+def _differences(stored: dict[Any, Any], asked: dict[Any, Any]) -> list[str]:
     """What the leaves of a checkpoint and of what is asked for differ in, in words."""
 
     def same(leaf: Any, other: Any) -> bool:
@@ -207,14 +207,14 @@ def _differences(there: dict[Any, Any], asked: dict[Any, Any]) -> list[str]:
             return leaf is other
         return None in (leaf[0], other[0]) or leaf[0] == other[0]
 
-    def said(leaf: Any) -> str:
+    def words(leaf: Any) -> str:
         return "not there" if leaf is None else f"{leaf[0] or 'a number'} {leaf[1]}"
 
     return [
-        f"{'/'.join(path[1:])} is {said(there.get(path))} in it, "
-        f"{said(asked.get(path))} in what is asked for"
-        for path in {**asked, **there}
-        if not same(there.get(path), asked.get(path))
+        f"{'/'.join(path[1:])} is {words(stored.get(path))} in it, "
+        f"{words(asked.get(path))} in what is asked for"
+        for path in {**asked, **stored}
+        if not same(stored.get(path), asked.get(path))
     ]
 
 

@@ -133,14 +133,14 @@ def main(config_class: type[Config], name: str, run: Callable[[Config], None]) -
 
 def _join(options: Options) -> None:
     """Join the other processes, if there are any."""
-    given = (options.coordinator, options.num_processes, options.process_id)
-    if any(value is not None for value in given):
-        if None in given:
+    processes = (options.coordinator, options.num_processes, options.process_id)
+    if any(value is not None for value in processes):
+        if None in processes:
             raise UserError(
                 "--coordinator, --num-processes and --process-id go together."
             )
         try:
-            jax.distributed.initialize(*given, initialization_timeout=60)
+            jax.distributed.initialize(*processes, initialization_timeout=60)
         except (RuntimeError, ValueError) as error:
             raise UserError(
                 f"cannot join the coordinator {options.coordinator}: {error}"

@@ -21,17 +21,17 @@ def measured(run: dict[str, Any], split: str) -> dict[str, np.ndarray]:
     Those of learning one task after the other are left out where there is one stage.
     """
     matrix = np.asarray(run[split])
-    found = {"average_accuracy": metrics.average_accuracy(matrix)}
+    measures = {"average_accuracy": metrics.average_accuracy(matrix)}
     if matrix.shape[1] > 1:
-        found |= {
+        measures |= {
             "learning_accuracy": metrics.learning_accuracy(matrix),
             "forgetting": metrics.forgetting(matrix),
             "backward_transfer": metrics.backward_transfer(matrix),
         }
         if split == "test" and "initial" in run:
             initial = np.asarray(run["initial"])
-            found["forward_transfer"] = metrics.forward_transfer(matrix, initial)
-    return {name: np.asarray(values) for name, values in found.items()}
+            measures["forward_transfer"] = metrics.forward_transfer(matrix, initial)
+    return {name: np.asarray(values) for name, values in measures.items()}
 
 
 def tidy(runs: dict[str, Any]) -> str:

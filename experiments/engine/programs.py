@@ -60,7 +60,7 @@ class Pieces:
         if problem.growing:
             outputs = np.asarray(stages.classes)
             self._active = [*outputs, np.zeros_like(outputs[0])]  # none at stage -1
-        self._own = self._of(run)
+        self._per_run = self._of(run)
 
     def _of(self, run: Run) -> Any:
         return self.to_devices((np.asarray(run.seeds, np.uint32), run.values()))
@@ -68,12 +68,12 @@ class Pieces:
     def of(self, run: Run) -> "Pieces":
         """The same, of a run that differs in its seeds' hyperparameters alone."""
         other = copy.copy(self)
-        other._own = self._of(run)
+        other._per_run = self._of(run)
         return other
 
     def init(self) -> Carry:
         """The untrained networks."""
-        return self._program("init")(self._own)
+        return self._program("init")(self._per_run)
 
     def epoch(self, carry: Carry, stage: int, epoch: int) -> tuple[Carry, Epoch]:
         """A pass over a stage; donates the carry."""
@@ -85,14 +85,14 @@ class Pieces:
 
     def _on_stage(self, piece: "Piece", carry: Carry, stage: int, epoch: int) -> Any:
         program, task = self._program(piece), self._stages[stage]
-        return program(carry, self._own, self._examples, task, stage, epoch)
+        return program(carry, self._per_run, self._examples, task, stage, epoch)
 
     def evaluate(
-        self, carry: Carry, on: Literal["test", "train"], stage: int
+        self, carry: Carry, split: Literal["test", "train"], stage: int
     ) -> np.ndarray:
         """Accuracies ``(runs, tasks)`` after a stage; -1 before the first."""
-        program, data = self._program("evaluate"), self._data[on]
-        return self.to_host(program(carry, self._own, *data, self._active[stage]))
+        program, data = self._program("evaluate"), self._data[split]
+        return self.to_host(program(carry, self._per_run, *data, self._active[stage]))
 
     def correlate(self, carry: Carry) -> dict[str, np.ndarray]:
         """Of ω: ``{parameter: (runs, tasks, tasks)}``."""

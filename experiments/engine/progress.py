@@ -180,12 +180,12 @@ def _show(
     """Accuracies in the bar; without one, a line at every task's end."""
     number, finished = (position - 1) // run.epochs, position // run.epochs
     task = f"task {number + 1}/{state.test.shape[1]}"
-    said = "" if run.from_scratch else so_far(state.test, finished)
-    said += _diverged(state.test[:, :finished], np.asarray(report.loss))
+    remark = "" if run.from_scratch else so_far(state.test, finished)
+    remark += _diverged(state.test[:, :finished], np.asarray(report.loss))
     bar.update()
-    bar.set_postfix_str(f"{task}, accuracy {report.accuracy.mean():.3f}{said}")
+    bar.set_postfix_str(f"{task}, accuracy {report.accuracy.mean():.3f}{remark}")
     if finished == number + 1 and bar.disable and is_first():
-        print(f"{run.name}: {task}{said}, {state.seconds:.0f} s", flush=True)
+        print(f"{run.name}: {task}{remark}, {state.seconds:.0f} s", flush=True)
 
 
 def _diverged(test: np.ndarray, loss: np.ndarray) -> str:

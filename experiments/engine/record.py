@@ -142,8 +142,10 @@ class Record:
         run, now, earlier = plain(run), versions(), []
         if "test" in run:
             done = count(self.runs[method]) if method in self.runs else 0
-            own = run.get("points", {}).get("seed", range(done, done + count(run)))
-            seeds = f"{min(own)}-{max(own)}"
+            new_seeds = run.get("points", {}).get(
+                "seed", range(done, done + count(run))
+            )
+            seeds = f"{min(new_seeds)}-{max(new_seeds)}"
             earlier = [
                 x for x in self.trained_by(f"{method} seeds {seeds}") if x != now
             ]
@@ -189,19 +191,21 @@ class Record:
         """The versions that trained what a group's checkpoints hold, one by one."""
         return (self._read(TRAINED_BY) or {}).get(group, [])
 
-    def keep_versions(self, groups: Iterable[str], found: list[dict[str, Any]]) -> None:
+    def keep_versions(
+        self, groups: Iterable[str], stacks: list[dict[str, Any]]
+    ) -> None:
         """Keep what :meth:`trained_by` says of some groups."""
         kept = self._read(TRAINED_BY) or {}
-        if any(kept.get(group) != found for group in groups):
+        if any(kept.get(group) != stacks for group in groups):
             (self.folder / TRAINED_BY).parent.mkdir(exist_ok=True)
-            self.write(TRAINED_BY, readable(kept | dict.fromkeys(groups, found)))
+            self.write(TRAINED_BY, readable(kept | dict.fromkeys(groups, stacks)))
 
     def log(self, *, method: str, seeds: str, position: int, **values: Any) -> None:
         """Append a line to ``metrics.jsonl``, of an epoch of a group of seeds."""
         path = self.folder / "metrics.jsonl"
         entry = {"method": method, "seeds": seeds, "position": position, **values}
         if is_first():
-            with _said(path), path.open("a") as file:
+            with _writing(path), path.open("a") as file:
                 file.write(json.dumps(nulls(plain(entry)), allow_nan=False) + "\n")
             if self._tensorboard:
                 arrays = {k: x for k, x in values.items() if np.ndim(x)}
@@ -228,7 +232,7 @@ class Record:
         """Write a figure as PNG and PDF."""
         for suffix in ("png", "pdf") if is_first() else ():
             path = self.folder / f"{name}.{suffix}"
-            with _said(path), matplotlib.rc_context(STYLE):
+            with _writing(path), matplotlib.rc_context(STYLE):
                 figure.savefig(path)
 
     def _hold(self) -> filelock.BaseFileLock | None:
@@ -298,7 +302,7 @@ class Record:
         path = self.folder / name
         part = path.with_suffix(".part")
         if is_first():
-            with _said(path):
+            with _writing(path):
                 part.write_text(text)
                 part.replace(path)
 
@@ -319,7 +323,7 @@ def _say_another_jaxlib(folder: Path, content: dict[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def _said(path: Path) -> Iterator[None]:
+def _writing(path: Path) -> Iterator[None]:
     """A file that cannot be written, on a full disk say, is the user's to mend."""
     try:
         yield

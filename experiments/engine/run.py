@@ -51,13 +51,13 @@ class Label:
     def parse(cls, name: str) -> Self:
         """From the name."""
         number = r"([\d.e+-]+)"
-        found = re.fullmatch(
+        match = re.fullmatch(
             r"(?:(task|domain|class): )?(?:batch (\d+): )?"
             rf"(.+?)(?: c={number})?(?: ξ={number})?(?:, (grid|then third))?",
             name,
         )
-        assert found is not None, name
-        scenario, batch_size, method, strength, damping, role = found.groups()
+        assert match is not None, name
+        scenario, batch_size, method, strength, damping, role = match.groups()
         return cls(
             method,
             float(strength) if strength else None,

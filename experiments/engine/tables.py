@@ -25,8 +25,8 @@ def over_seeds(runs: Mapping[Any, Any], error: str = "SEM") -> str:
 
 def counts(runs: Mapping[Any, Any]) -> str:
     """How many seeds the methods have, from the fewest to the most."""
-    found = sorted({count(run) for run in runs.values()})
-    return str(found[0]) if len(found) == 1 else f"{found[0]} to {found[-1]}"
+    numbers = sorted({count(run) for run in runs.values()})
+    return str(numbers[0]) if len(numbers) == 1 else f"{numbers[0]} to {numbers[-1]}"
 
 
 def seeds_row(runs: dict[str, Any]) -> list[list[str]]:

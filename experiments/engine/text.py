@@ -15,8 +15,8 @@ def readable(content: dict[str, Any]) -> str:
     text = json.dumps(nulls(content), indent=1, allow_nan=False)
     words, row = r'"(?:[^"\\]|\\.)*"', r'\[\s*([^\[\]{}"]*?)\s*\]'
 
-    def shorter(found: re.Match[str]) -> str:
-        return found[0] if found[1] is None else f"[{' '.join(found[1].split())}]"
+    def shorter(match: re.Match[str]) -> str:
+        return match[0] if match[1] is None else f"[{' '.join(match[1].split())}]"
 
     return re.sub(f"{words}|{row}", shorter, text) + "\n"
 

@@ -128,11 +128,11 @@ def one_by_one(
     programs: Mapping[str, Callable[[], Program]], repetitions: int
 ) -> dict[str, Any]:
     """As :func:`measure`, for programs that do not fit, or belong, side by side."""
-    found: dict[str, Any] = {}
+    measures: dict[str, Any] = {}
     for name, make in programs.items():
         for key, values in measure({name: make()}, repetitions).items():
-            found[key] = found.get(key, {}) | values
-    return found
+            measures[key] = measures.get(key, {}) | values
+    return measures
 
 
 def medians(times: Mapping[str, list[float]]) -> dict[str, Any]:

@@ -26,7 +26,7 @@ def versions() -> dict[str, Any]:
         ).stdout.strip()
     )
     device = jax.devices()[0]
-    found = {
+    stack = {
         **{package: version(package) for package in PACKAGES},
         "python": platform.python_version(),
         "commit": commit or None,
@@ -35,5 +35,5 @@ def versions() -> dict[str, Any]:
     }
     if device.platform != "cpu":  # a CPU multiplies in float32 anyway
         config: Any = jax.config  # not every version's types name the option
-        found["matmul_precision"] = config.jax_default_matmul_precision
-    return found
+        stack["matmul_precision"] = config.jax_default_matmul_precision
+    return stack
