@@ -40,12 +40,12 @@ def consolidate_importance(
     def boundary(
         carry: Carry, examples: AnyExamples, task: Task, key: jax.Array
     ) -> Carry:
-        order_key, own_key = jax.random.split(key)
+        order_key, measure_key = jax.random.split(key)
         order = shuffle(task, order_key)
         images, _ = look_up(examples, order[jnp.arange(count) % task.size])
         params, opt_state, _ = carry
-        found = measure(params, images, task.classes, own_key)
-        return carry._replace(opt_state=ewc.consolidate(opt_state, params, found))
+        omega = measure(params, images, task.classes, measure_key)
+        return carry._replace(opt_state=ewc.consolidate(opt_state, params, omega))
 
     return boundary
 

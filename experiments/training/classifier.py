@@ -76,20 +76,20 @@ def _gather(
     """Batch i: images, labels, and 1 or 0 for what is there or beyond the end."""
     positions = i * size + jnp.arange(size, dtype=jnp.int32)
     rows = order.at[positions].get(mode="clip")
-    there = (positions < task.size).astype(jnp.float32)
-    return *look_up(examples, rows), there
+    mask = (positions < task.size).astype(jnp.float32)
+    return *look_up(examples, rows), mask
 
 
 def _loss_of(model: Model) -> Callable[..., tuple[jax.Array, tuple[Any, Any]]]:
     """A batch's summed loss over ``count``; besides, the sums of losses and hits."""
 
-    def loss(params, count, classes, images, labels, there, **rngs):
+    def loss(params, count, classes, images, labels, mask, **rngs):
         out = mask_logits(model.apply(params, images, **rngs), classes)
         losses = optax.softmax_cross_entropy_with_integer_labels(out, labels)
         correct = (out.argmax(-1) == labels).astype(jnp.float32)
         # The padding's label may be masked, its loss infinite: no product will do.
-        total = jnp.sum(jnp.where(there > 0, losses, 0))
-        return total / count, (total, jnp.sum(correct * there))
+        total = jnp.sum(jnp.where(mask > 0, losses, 0))
+        return total / count, (total, jnp.sum(correct * mask))
 
     return loss
 
@@ -174,11 +174,11 @@ def _evaluate_of(model: Model, at_once: int) -> Callable[..., jax.Array]:
 
         def accuracy(task):
             def count(i, correct):
-                images, labels, there = _gather(examples, task, task.rows, i, size)
+                images, labels, mask = _gather(examples, task, task.rows, i, size)
                 out = mask_logits(model.apply(carry.params, images), task.classes)
                 # Of no numbers the largest would be the first.
                 hits = if_finite(out.max(-1), out.argmax(-1) == labels)
-                return correct + jnp.sum(jnp.where(there > 0, hits, 0))
+                return correct + jnp.sum(jnp.where(mask > 0, hits, 0))
 
             batches = (task.size + size - 1) // size
             correct = jax.lax.fori_loop(0, batches, count, jnp.zeros(()))
