@@ -167,6 +167,12 @@ def signs(differences, errors=2):
     return np.sign(mean) * (abs(mean) > errors * limit)
 
 
+def paired(record):
+    """What a narrower state of SI loses on small permuted MNIST, by seeds."""
+    wide = value("permuted_mnist_quick_squisher.si.test")
+    return value(f"{record}.si.test") - wide
+
+
 def mean(record, method):
     """By run of a method: its mean accuracy."""
     runs = [x for x in read(record)["runs"] if x.startswith(method)]
