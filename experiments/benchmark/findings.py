@@ -10,17 +10,19 @@ from experiments.engine.tables import aligned
 from experiments.engine.timing import medians
 
 
-def summarize(found: Mapping[str, Any]) -> dict[str, Any]:
+def summarize(measures: Mapping[str, Any]) -> dict[str, Any]:
     """Each method's times and facts, and what follows from them."""
-    summary = medians(found["milliseconds"])
+    summary = medians(measures["milliseconds"])
     for name, entry in summary.items():
-        entry |= found["facts"][name]
-        if "batch_size" in found:
-            entry["examples_per_s"] = round(found["batch_size"] / entry["ms"] * 1e3, 1)
-        if "copy" in found:
-            moved = steps.methods()[name].moved * found["parameters"]
+        entry |= measures["facts"][name]
+        if "batch_size" in measures:
+            entry["examples_per_s"] = round(
+                measures["batch_size"] / entry["ms"] * 1e3, 1
+            )
+        if "copy" in measures:
+            moved = steps.methods()[name].moved * measures["parameters"]
             entry["of_copy_bandwidth"] = round(
-                moved / (entry["ms"] * 1e-3) / found["copy"], 3
+                moved / (entry["ms"] * 1e-3) / measures["copy"], 3
             )
     return summary
 
@@ -45,8 +47,8 @@ def table(summary: Mapping[str, Any]) -> str:
         "state MB": ("state_bytes", 1e-6, ".1f"),
     }
     rows = [["", *kinds]]
-    for what, found in summary.items():
-        for name, x in found.items():
+    for what, methods in summary.items():
+        for name, x in methods.items():
             cells = [
                 f"{x[key] * unit:{form}}" if key in x else ""
                 for key, unit, form in kinds.values()
@@ -59,9 +61,9 @@ def figure(summary: Mapping[str, Any]) -> Figure:
     """Each method's time by that of the wrapper."""
     return figures.ratios(
         {
-            what: {name: x["to_wrapper"] for name, x in found.items()}
-            for what, found in summary.items()
-            if "adam" in found
+            what: {name: x["to_wrapper"] for name, x in methods.items()}
+            for what, methods in summary.items()
+            if "adam" in methods
         },
         label="time by that of Adam with the wrapper",
     )

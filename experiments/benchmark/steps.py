@@ -118,7 +118,7 @@ def methods() -> dict[str, Method]:
 
     first = si_jax.synaptic_intelligence(0.1, 0.1)
     link = Method(optax.chain(first, adam), 60, si_jax.consolidate)
-    found = {
+    by_name = {
         "adam": Method(adam, 28, lambda opt_state, _: opt_state),
         "wrapper": wrapper(44),
         "wrapper, bfloat16 Ω and θ̃": wrapper(40, "bfloat16"),
@@ -128,8 +128,8 @@ def methods() -> dict[str, Method]:
         "ewc, bfloat16": elastic(32, "bfloat16"),
     }
     if jax.default_backend() == "cpu" and compiles_with(REGION_ANALYSIS):
-        found["link, region analysis"] = link._replace(options=REGION_ANALYSIS)
-    return found
+        by_name["link, region analysis"] = link._replace(options=REGION_ANALYSIS)
+    return by_name
 
 
 def stepping(
@@ -254,16 +254,16 @@ def time_net(name: str, config: Config) -> dict[str, Any]:
     net = NETS[name]
     programs = {k: training(net, method) for k, method in methods().items()}
     programs |= torch_training(net)
-    found = measure(programs, config.repetitions)
-    return found | {"batch_size": net.batch_size}
+    measures = measure(programs, config.repetitions)
+    return measures | {"batch_size": net.batch_size}
 
 
 def time_calls(name: str, config: Config) -> dict[str, Any]:
     """The same steps, each a call that gives its state back."""
     net = NETS[name]._replace(loop=False)
     programs = {k: training(net, method) for k, method in methods().items()}
-    found = measure(programs, config.repetitions)
-    return found | {"batch_size": net.batch_size}
+    measures = measure(programs, config.repetitions)
+    return measures | {"batch_size": net.batch_size}
 
 
 def time_convolutions(config: Config) -> dict[str, Any]:
@@ -273,8 +273,8 @@ def time_convolutions(config: Config) -> dict[str, Any]:
         name: functools.partial(training, net, adam)
         for name, net in CONVOLUTIONS.items()
     }
-    found = one_by_one(makers, min(config.repetitions, 3))  # one takes half a minute
-    return found | {"batch_size": NETS["split CIFAR"].batch_size}
+    measures = one_by_one(makers, min(config.repetitions, 3))  # one takes half a minute
+    return measures | {"batch_size": NETS["split CIFAR"].batch_size}
 
 
 def time_boundary(config: Config) -> dict[str, Any]:
