@@ -94,7 +94,7 @@ def descend(h: jax.Array, start: jax.Array, rate: float, count: int) -> Any:
 
 def error_by_step(config: Config) -> dict[str, Any]:
     """Largest relative error of ω against eq. 11, and against its finite-step form."""
-    found: dict[str, Any] = {}
+    by_kind: dict[str, Any] = {}
     for kind in SPECTRA:
         h, start = hessian(kind), jnp.linspace(1.0, -2.0, 6, dtype=jnp.float64)
         errors: dict[str, list[float]] = {"eq. 11": [], "finite step": []}
@@ -104,13 +104,13 @@ def error_by_step(config: Config) -> dict[str, Any]:
                 expected = jnp.diag(theory.path_matrix(h, start, eta))
                 errors[name].append(float(jnp.abs(omega / expected - 1).max()))
         slope = np.polyfit(np.log(config.learning_rates), np.log(errors["eq. 11"]), 1)
-        found[kind] = {**errors, "slope": float(slope[0])}
-    return found
+        by_kind[kind] = {**errors, "slope": float(slope[0])}
+    return by_kind
 
 
 def averaged(config: Config) -> dict[str, Any]:
     """⟨ω⟩/σ² and the median of Ω over random starts, beside H/2."""
-    found: dict[str, Any] = {}
+    by_kind: dict[str, Any] = {}
     rate = min(config.learning_rates)
     key = jax.random.key(1)
     starts = jax.random.normal(key, (config.starts, 6), jnp.float64)
@@ -118,12 +118,12 @@ def averaged(config: Config) -> dict[str, Any]:
     for kind in SPECTRA:
         h = hessian(kind)
         omega, importance = run(h, starts, rate, steps(kind, rate))
-        found[kind] = {
+        by_kind[kind] = {
             "half the Hessian": jnp.diag(h) / 2,
             "mean ω / σ²": omega.mean(0),
             "median Ω": jnp.median(importance, axis=0),
         }
-    return found
+    return by_kind
 
 
 def regression(seed: int) -> tuple[jax.Array, jax.Array]:
@@ -197,7 +197,7 @@ def noisy(config: Config) -> dict[str, Any]:
     size = 32
     points = [(middle, b) for b in config.batch_sizes]
     points += [(rate, size) for rate in config.noisy_learning_rates]
-    found: dict[str, Any] = {"learning rate": middle, "batch size": size}
+    overestimates: dict[str, Any] = {"learning rate": middle, "batch size": size}
     bar = tqdm(total=len(points) * len(OPTIMIZERS), desc="minibatches", disable=None)
     for optimizer in OPTIMIZERS:
         values = []
@@ -205,11 +205,11 @@ def noisy(config: Config) -> dict[str, Any]:
             run = overestimate(optimizer, rate, batch, config.epochs, config.seeds)
             values.append(run)
             bar.update()
-        found[optimizer] = split(values, config)
+        overestimates[optimizer] = split(values, config)
     bar.close()
     theory_values = [predicted(*p, config.epochs, config.seeds) for p in points]
-    found["SGD, predicted"] = split(theory_values, config)
-    return found
+    overestimates["SGD, predicted"] = split(theory_values, config)
+    return overestimates
 
 
 def split(values: list[jax.Array], config: Config) -> dict[str, list[jax.Array]]:
@@ -235,8 +235,8 @@ def run(config: Config) -> None:
 def report(config: Config, record: Record) -> None:
     """Print the tables and draw the figure."""
     runs = {  # a part that was computed under other versions says which
-        name: {key: value for key, value in found.items() if key != "versions"}
-        for name, found in record.runs.items()
+        name: {key: value for key, value in result.items() if key != "versions"}
+        for name, result in record.runs.items()
     }
     print("\nLargest relative error of ω against eq. 11, by learning rate")
     print(error_table(runs["error by step"], config))
@@ -256,20 +256,22 @@ def report(config: Config, record: Record) -> None:
     print(f"\nEverything is in {record.folder}.")
 
 
-def error_table(found: dict[str, Any], config: Config) -> str:
+def error_table(by_kind: dict[str, Any], config: Config) -> str:
     """A row a kind of Hessian, a column a learning rate, and the slope on log axes."""
     rows = [["", *(f"{rate:g}" for rate in config.learning_rates), "slope"]]
-    for kind, errors in found.items():
+    for kind, errors in by_kind.items():
         numbers = [f"{x:.1e}" for x in errors["eq. 11"]]
         rows.append([kind, *numbers, f"{errors['slope']:.2f}"])
     return aligned(rows)
 
 
-def noise_table(found: dict[str, Any], by: str, values: tuple[float, ...]) -> str:
+def noise_table(
+    overestimates: dict[str, Any], by: str, values: tuple[float, ...]
+) -> str:
     """A row an optimizer, a column a batch size or learning rate."""
     rows = [["", *(f"{value:g}" for value in values)]]
     for name in (*OPTIMIZERS, "SGD, predicted"):
-        rows.append([name, *(f"{np.mean(x):.2f}" for x in found[name][by])])
+        rows.append([name, *(f"{np.mean(x):.2f}" for x in overestimates[name][by])])
     return aligned(rows)
 
 

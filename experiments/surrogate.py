@@ -95,16 +95,16 @@ def descend(
 
 def two_tasks(config: Config) -> dict[str, Any]:
     """Fig. 1: both trajectories, and where they end on either loss."""
-    found: dict[str, Any] = {}
+    by_method: dict[str, Any] = {}
     # Most of the way is made in the first steps.
     drawn = np.unique(np.geomspace(1, config.steps + 1, 120).astype(int)) - 1
     for name, c in (("fine-tuning", 0.0), ("SI", config.strength)):
         path = descend(TASKS, jnp.asarray(START), c, config).path
-        found[name] = {
+        by_method[name] = {
             "path": path[:, drawn],
             "losses": [loss(path[-1, -1]) for loss in TASKS],
         }
-    return found
+    return by_method
 
 
 def one_task(config: Config) -> dict[str, Any]:
@@ -137,8 +137,8 @@ def run(config: Config) -> None:
     if not is_first():
         return
     two, one = record.runs["two tasks"], record.runs["one task"]
-    for name, found in two.items():
-        first, second = found["losses"]
+    for name, result in two.items():
+        first, second = result["losses"]
         print(
             f"{name}: after task 2 the loss of task 1 is {first:.3f}, of 2 {second:.3f}"
         )
@@ -149,12 +149,12 @@ def run(config: Config) -> None:
     print(f"Everything is in {record.folder}.")
 
 
-def figure_1(found: dict[str, Any]) -> Any:
+def figure_1(by_method: dict[str, Any]) -> Any:
     """Heat maps of both losses with the trajectories."""
     x, y = jnp.linspace(-2.2, 2.8, 120), jnp.linspace(-2.2, 2.2, 110)
     points = jnp.stack(jnp.meshgrid(x, y), axis=-1).reshape(-1, 2)
     maps = [jax.vmap(loss)(points).reshape(len(y), len(x)) for loss in TASKS]
-    paths = {name: np.asarray(run["path"]) for name, run in found.items()}
+    paths = {name: np.asarray(run["path"]) for name, run in by_method.items()}
     return figures.trajectories(x, y, maps, paths)
 
 

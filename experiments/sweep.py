@@ -99,9 +99,9 @@ def report(
 
 def chosen_config(config: Config, strength: float, damping: float) -> str:
     """A configuration of ``experiments.split_mnist`` with the choice."""
-    own = [field.name for field in dataclasses.fields(split_mnist.Setting)]
+    names = [field.name for field in dataclasses.fields(split_mnist.Setting)]
     places = [field.name for field in dataclasses.fields(command.Options)]
-    values = {name: getattr(config, name) for name in own if name not in places}
+    values = {name: getattr(config, name) for name in names if name not in places}
     values.update(seeds=config.seeds, strengths=[strength, 0.0], damping=damping)
     lines = [f"{name} = {json.dumps(value)}" for name, value in values.items()]
     return "\n".join(
