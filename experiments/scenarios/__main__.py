@@ -25,8 +25,8 @@ def run(config: Config) -> None:
     problems = functools.cache(lambda: make_problems(config))
 
     @functools.cache
-    def problem(scenario: Scenario, on: Literal["choice", "test"]) -> Problem:
-        return in_scenario(scenario, getattr(problems(), on))
+    def problem(scenario: Scenario, split: Literal["choice", "test"]) -> Problem:
+        return in_scenario(scenario, getattr(problems(), split))
 
     runs: list[Run] = []
     for scenario in config.scenario:

@@ -30,19 +30,19 @@ def of_scenario(runs: dict[str, Any], scenario: str) -> dict[str, Any]:
 def report(config: Config, record: Record) -> None:
     """Print and draw the finished methods."""
     runs, name = record.runs, split_mnist.NAMES[config.data]
-    found: dict[str, dict[str, Any]] = {s: of_scenario(runs, s) for s in SCENARIOS}
-    found = {scenario: of for scenario, of in found.items() if of}
+    scenarios: dict[str, dict[str, Any]] = {s: of_scenario(runs, s) for s in SCENARIOS}
+    scenarios = {scenario: of for scenario, of in scenarios.items() if of}
     print("\nHeld-out accuracy after all tasks, mean over the seeds; * is chosen")
     print(choice_table(config, runs))
-    every = {(s, name): run for s, of in found.items() for name, run in of.items()}
+    every = {(s, name): run for s, of in scenarios.items() for name, run in of.items()}
     print(f"\nSplit {name}: test accuracy after all tasks, " + over_seeds(every))
-    print(table(found))
-    for scenario, of in found.items():
+    print(table(scenarios))
+    for scenario, of in scenarios.items():
         print(f"\n{scenario.capitalize()}-incremental, test")
         print(measures_table(of))
     seconds = sum(run["seconds"] for run in runs.values())
     print(f"\nTook {seconds:.0f} s. Everything is in {record.folder}.")
-    record.save("scenarios", figure(found, name, over_seeds(every)))
+    record.save("scenarios", figure(scenarios, name, over_seeds(every)))
 
 
 def choice_table(config: Config, runs: dict[str, Any]) -> str:
@@ -69,19 +69,19 @@ def shown(rows: list[list[str]]) -> list[list[str]]:
     return [list(row) for row in zip(*columns, strict=True) if any(row[1:])]
 
 
-def table(found: Mapping[str, Mapping[str, Any]]) -> str:
+def table(scenarios: Mapping[str, Mapping[str, Any]]) -> str:
     """A row a method, a column a scenario: accuracy averaged over the tasks.
 
     The last row is how many seeds they have, where they differ.
     """
-    rows = [["", *found]]
+    rows = [["", *scenarios]]
     for method in get_args(Name):
         row: list[str] = [method]
-        for of in found.values():
+        for of in scenarios.values():
             named = [run for run in of.values() if run["method"] == method]
             row += [cell(metrics.average_accuracy(x["test"])) for x in named] or [""]
         rows.append(row)
-    seeds = [counts(of) for of in found.values()]
+    seeds = [counts(of) for of in scenarios.values()]
     if len(set(seeds)) > 1 or "to" in seeds[0]:
         rows.append(["n", *seeds])
     return aligned([row for row in rows if any(row[1:])])
@@ -91,13 +91,15 @@ def measures_table(runs: Mapping[str, Any]) -> str:
     """A row a method, a column a measure; intransigence is beside joint training."""
     rows: list[dict[str, np.ndarray]] = []
     for run in runs.values():
-        found = measured(run, "test")
-        if len(found) > 1 and "joint" in runs:
+        measures = measured(run, "test")
+        if len(measures) > 1 and "joint" in runs:
             test = np.asarray(run["test"])
             reference = np.asarray(runs["joint"]["test"]).mean((0, 1))
             reference = np.broadcast_to(reference, (len(test), len(reference)))
-            found["intransigence"] = np.asarray(metrics.intransigence(test, reference))
-        rows.append(found)
+            measures["intransigence"] = np.asarray(
+                metrics.intransigence(test, reference)
+            )
+        rows.append(measures)
     names = list(dict.fromkeys(name for row in rows for name in row))
     cells = [
         [method, *(cell(row[name]) if name in row else "" for name in names)]
@@ -106,14 +108,14 @@ def measures_table(runs: Mapping[str, Any]) -> str:
     return aligned([["", *(name.replace("_", " ") for name in names)], *cells])
 
 
-def figure(found: Mapping[str, Mapping[str, Any]], name: str, over: str) -> Figure:
+def figure(scenarios: Mapping[str, Mapping[str, Any]], name: str, over: str) -> Figure:
     """A panel a scenario, on the test set."""
     return figures.scenarios(
         {
             f"{scenario.capitalize()}-incremental": {
                 run["method"]: np.asarray(run["test"]) for run in of.values()
             }
-            for scenario, of in found.items()
+            for scenario, of in scenarios.items()
         },
         suptitle=f"Split {name}, test accuracy, {over}",
     )
