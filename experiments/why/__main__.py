@@ -64,8 +64,8 @@ def run(config: Config) -> None:
             {"strength": 0.0, "damping": config.damping},
         )
         if run.name not in record.runs:
-            found = measure(run, record.config.max_parallel)
-            record.add(run.label, found, lambda _: {})
+            measures = measure(run, record.config.max_parallel)
+            record.add(run.label, measures, lambda _: {})
         scales = {"l2": 1.0, **record.runs[run.name]["scale"]}
         if missing := {*config.importances} - {*scales, "fine-tuning"}:
             raise command.UserError(

@@ -37,8 +37,8 @@ def pairs(
     panels = figure.subplots(
         len(rows), columns, squeeze=False, sharex=True, sharey=True
     )
-    for line, (title, found) in zip(panels, rows.items(), strict=True):
-        for panel, (column, both) in zip(line, found.items(), strict=True):
+    for line, (title, layers) in zip(panels, rows.items(), strict=True):
+        for panel, (column, both) in zip(line, layers.items(), strict=True):
             lower = np.tri(len(names), k=-1, dtype=bool)
             values = np.where(lower, both["rank"], both["linear"])
             values[np.eye(len(names), dtype=bool)] = np.nan
@@ -78,26 +78,26 @@ def by_batch_size(
       Two panels; bars are the standard error.
     """
 
-    def draw(panel: Any, found: Mapping[int, ArrayLike], **style: Any) -> None:
-        sizes = sorted(found)
-        values = [np.asarray(found[size]) for size in sizes]
+    def draw(panel: Any, by_size: Mapping[int, ArrayLike], **style: Any) -> None:
+        sizes = sorted(by_size)
+        values = [np.asarray(by_size[size]) for size in sizes]
         error = [np.nan_to_num(np.asarray(metrics.standard_error(x))) for x in values]
         mean = np.array([x.mean() for x in values])
         panel.errorbar(np.array(sizes), mean, error, markersize=4, capsize=2, **style)
 
     figure = Figure(figsize=(7.0, 3.2), layout="constrained")
     left, right = figure.subplots(1, 2)
-    for (name, found), marker in zip(bias.items(), itertools.cycle("os^D")):
-        draw(left, found, label=name, color="k", marker=marker, mfc="w")
+    for (name, by_size), marker in zip(bias.items(), itertools.cycle("os^D")):
+        draw(left, by_size, label=name, color="k", marker=marker, mfc="w")
     left.legend(frameon=False)
     left.axhline(0, color="0.6", linewidth=1, zorder=0)
     left.set_ylabel("share of the bias in Σω")
-    for (name, found), (marker, colour) in zip(
+    for (name, by_size), (marker, colour) in zip(
         accuracy.items(),
         zip(itertools.cycle("os^DvPX"), COLOURS, strict=False),
         strict=False,
     ):
-        draw(right, found, label=name, marker=marker, color=colour)
+        draw(right, by_size, label=name, marker=marker, color=colour)
     right.set_ylabel("test accuracy after all tasks")
     sizes = sorted(set().union(*bias.values()))
     for panel in (left, right):

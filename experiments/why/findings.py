@@ -45,8 +45,8 @@ def grid(batch_size: int, name: str) -> Label:
 
 def measured(runs: dict[str, Any]) -> dict[int, Any]:
     """What was measured, by batch size, from the smallest."""
-    found = {x["batch_size"]: x for x in runs.values() if x["method"] == MEASURES}
-    return dict(sorted(found.items()))
+    by_size = {x["batch_size"]: x for x in runs.values() if x["method"] == MEASURES}
+    return dict(sorted(by_size.items()))
 
 
 def tested(runs: dict[str, Any]) -> Iterator[tuple[tuple[int, str], Any]]:
@@ -76,9 +76,9 @@ def shares(omega: dict[str, Sequence[float]]) -> dict[str, np.ndarray]:
     }
 
 
-def correlated(found: dict[str, Any]) -> Sequence[str]:
+def correlated(measures: dict[str, Any]) -> Sequence[str]:
     """The importances; of an older record, those that there were."""
-    (layer, *_) = found["layers"].values()
+    (layer, *_) = measures["layers"].values()
     return CORRELATED[: np.shape(layer["rank"])[-1]]
 
 
@@ -86,8 +86,8 @@ def bias_table(runs: dict[str, Any]) -> str:
     """A row a batch size: Σω, without its bias, the loss drop, the bias' shares."""
     rows = [["batch size", "Σω", "unbiased", "loss drop"]]
     rows[0] += ["noise / Σω ≥", "long steps / Σω ≤"]
-    for batch_size, found in measured(runs).items():
-        omega = found["ω"]
+    for batch_size, measures in measured(runs).items():
+        omega = measures["ω"]
         sums = [cell(omega[k]) for k in ("sum", "unbiased", "loss drop")]
         rows.append([str(batch_size), *sums, *map(cell, shares(omega).values())])
     return aligned(rows)
@@ -96,13 +96,13 @@ def bias_table(runs: dict[str, Any]) -> str:
 def correlation_table(runs: dict[str, Any], with_: str) -> str:
     """A row a batch size and importance, a column a layer: rank, linear ± SEM."""
     column, rows = CORRELATED.index(with_), []
-    for batch_size, found in measured(runs).items():
-        rows.append([f"batch size {batch_size}", *found["layers"]])
-        for i, name in enumerate(correlated(found)):
+    for batch_size, measures in measured(runs).items():
+        rows.append([f"batch size {batch_size}", *measures["layers"]])
+        for i, name in enumerate(correlated(measures)):
             if i == column:
                 continue
             row = [f"  {TITLES[name]}"]
-            for layer in found["layers"].values():
+            for layer in measures["layers"].values():
                 both = (np.asarray(layer[k])[:, i, column] for k in ("rank", "linear"))
                 row.append(", ".join(map(short, both)))
             rows.append(row)
@@ -121,8 +121,8 @@ def choice_table(config: Config, runs: dict[str, Any]) -> str:
     rows = [["", "batch size", *(f"{pull:g}" for pull in config.pulls)]]
     for name in TITLES:
         for batch_size in measured(runs):
-            if found := runs.get(str(grid(batch_size, name))):
-                after = np.asarray(metrics.average_accuracy(found["test"]))
+            if run := runs.get(str(grid(batch_size, name))):
+                after = np.asarray(metrics.average_accuracy(run["test"]))
                 cells = choice.choices(after.reshape(-1, len(config.pulls)))
                 rows.append([TITLES[name], str(batch_size), *cells])
     return aligned(rows)
@@ -130,12 +130,12 @@ def choice_table(config: Config, runs: dict[str, Any]) -> str:
 
 def accuracy_table(runs: dict[str, Any]) -> str:
     """A row an importance, a column a batch size: accuracy averaged over the tasks."""
-    found, sizes = dict(tested(runs)), list(measured(runs))
+    tests, sizes = dict(tested(runs)), list(measured(runs))
     rows = [["importance", *(f"batch size {size}" for size in sizes)]]
     for name, title in TITLES.items():
         cells = [
-            cell(metrics.average_accuracy(found[size, name]["test"]))
-            if (size, name) in found
+            cell(metrics.average_accuracy(tests[size, name]["test"]))
+            if (size, name) in tests
             else ""
             for size in sizes
         ]
@@ -153,9 +153,9 @@ def correlations_figure(runs: dict[str, Any], name: str) -> Figure:
                     k: np.mean(x[k], axis=0)[: len(names), : len(names)]
                     for k in ("rank", "linear")
                 }
-                for layer, x in found["layers"].items()
+                for layer, x in measures["layers"].items()
             }
-            for batch_size, found in measured(runs).items()
+            for batch_size, measures in measured(runs).items()
         },
         [TITLES[x] for x in names],
         suptitle=f"{name}, after the first task",
@@ -168,10 +168,10 @@ def accuracy_figure(runs: dict[str, Any], name: str) -> Figure:
     for (size, of), run in tested(runs):
         after = np.asarray(metrics.average_accuracy(run["test"]))
         accuracy.setdefault(TITLES[of], {})[size] = after
-    of_size = {size: shares(found["ω"]) for size, found in measured(runs).items()}
+    of_size = {size: shares(measures["ω"]) for size, measures in measured(runs).items()}
     return figures.by_batch_size(
         {
-            f"{name}, {bound}": {size: found[name] for size, found in of_size.items()}
+            f"{name}, {bound}": {size: parts[name] for size, parts in of_size.items()}
             for name, bound in (("noise", "at least"), ("long steps", "at most"))
         },
         accuracy,

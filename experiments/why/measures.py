@@ -44,16 +44,16 @@ def measure(run: Run, max_parallel: int | None = None) -> dict[str, Any]:
             "A network diverged in the first task: there is nothing to measure. Lower "
             "the learning rate."
         )
-    found = {}
+    importances = {}
     for name in CORRELATED:
         # A copy, as the boundary donates what it is given.
         with_it = pieces.of(holding(run, name))
         after = with_it.finish(pieces.to_devices(end), 0, run.epochs)
-        found[name] = pieces.to_host(after.opt_state["ewc"].importance)
-    size = sum(x[0].size for x in jax.tree.leaves(found["si"]))
+        importances[name] = pieces.to_host(after.opt_state["ewc"].importance)
+    size = sum(x[0].size for x in jax.tree.leaves(importances["si"]))
     layers = {}
-    for number, layer in enumerate(sorted(found["si"]["params"]), start=1):
-        kernels = {k: x["params"][layer]["kernel"] for k, x in found.items()}
+    for number, layer in enumerate(sorted(importances["si"]["params"]), start=1):
+        kernels = {k: x["params"][layer]["kernel"] for k, x in importances.items()}
         each = [correlate({k: x[i] for k, x in kernels.items()}) for i in networks]
         layers[f"layer {number}"] = {k: [x[k] for x in each] for k in each[0]}
     return {
@@ -64,7 +64,7 @@ def measure(run: Run, max_parallel: int | None = None) -> dict[str, Any]:
             "unbiased": total(watched.path_integral),
             "loss drop": loss_drop,
         },
-        "scale": {k: float(total(x).mean() / size) for k, x in found.items()},
+        "scale": {k: float(total(x).mean() / size) for k, x in importances.items()},
         "layers": layers,
     }
 

@@ -120,8 +120,8 @@ def boundaries(model: MLP, count: int, batch_size: int) -> dict[str, Boundary]:
         return logits
 
     def root(params, images, classes, key):
-        found = importance.fisher(logits_of(classes), params, images, key)
-        return jax.tree.map(jnp.sqrt, found)
+        information = importance.fisher(logits_of(classes), params, images, key)
+        return jax.tree.map(jnp.sqrt, information)
 
     def hessian(params, images, classes, _):
         # Of a ReLU net the exact Fisher diagonal is the Hessian's.
