@@ -219,7 +219,9 @@ def test_si_at_a_smaller_learning_rate(monkeypatch):
     )
     monkeypatch.setattr(methods, "network", lambda *_: net)
     problem = texts.make_problem([bytes(range(250)) * 2, b"z" * 700], small)
-    stage = jax.tree.map(lambda x: x[0], texts.on(problem, (1,), (4,), 1).stages)
+    stage = jax.tree.map(
+        lambda x: x[0], texts.with_stages(problem, (1,), (4,), 1).stages
+    )
     moved = []
     with (
         jax.numpy_dtype_promotion("standard"),  # optax's Adam promotes

@@ -27,10 +27,10 @@ def held_table(layers: Mapping[str, Mapping[str, float]]) -> str:
     return aligned(rows)
 
 
-def cost_table(found: Mapping[str, Mapping[str, float]]) -> str:
+def cost_table(cost: Mapping[str, Mapping[str, float]]) -> str:
     """A row a kind of method."""
     rows = [["", "state B/parameter", "time × Adam's", "ms a step", "peak MB"]]
-    for name, row in found.items():
+    for name, row in cost.items():
         numbers = [f"{row['state_bytes']:.1f}", f"{row['to_adam']:.2f}"]
         peak = row.get("peak_bytes")  # not every backend says
         numbers += [f"{row['ms']:.1f}", f"{peak / 1e6:.0f}" if peak else ""]
@@ -49,9 +49,9 @@ def curve(
     if not family.strengths:
         return np.asarray(runs[name][half])
     of = (runs[str(arm)] for arm in ordered(name, family))
-    found = [np.asarray(run[half])[:, -1] for run in of]
-    n = min(map(len, found))
-    return np.stack([x[:n] for x in found], axis=1)
+    losses = [np.asarray(run[half])[:, -1] for run in of]
+    n = min(map(len, losses))
+    return np.stack([x[:n] for x in losses], axis=1)
 
 
 def ordered(name: str, family: Family) -> list[Label]:
@@ -68,13 +68,13 @@ def choose(config: Config, runs: Mapping[str, Any]) -> dict[str, tuple[Label, in
     Returns:
       By family, the method and the stage.
     """
-    found = {}
+    best = {}
     for name, family in families(config).items():
         loss = curve(name, family, runs, "choice")[..., :2].mean(2)
         (least,) = choice.choose(-loss, name)
         every = ordered(name, family)
-        found[name] = (every[least], 0) if family.strengths else (every[0], least)
-    return found
+        best[name] = (every[least], 0) if family.strengths else (every[0], least)
+    return best
 
 
 def at_equal_loss(
@@ -103,14 +103,14 @@ def at_equal_loss(
                 path.append(np.asarray(runs[end][half])[:, -1:])
             n = min(map(len, (*path, after)))
             whole[name, half] = np.concatenate([x[:n] for x in path], axis=1)
-    found = {}
+    growth = {}
     for name in families(config):
         chosen, test = whole[name, "choice"], whole[name, "test"]
         before, after = (
             np.asarray(runs[of]["choice"])[: len(chosen), -1, 1]
             for of in (PRETRAINING, "fine-tuning")
         )
-        found[name] = np.array(
+        growth[name] = np.array(
             [
                 [
                     _crossing(
@@ -124,7 +124,7 @@ def at_equal_loss(
                 for seed in range(len(chosen))
             ]
         )
-    return found
+    return growth
 
 
 def _crossing(falling: np.ndarray, other: np.ndarray, level: float) -> float:
@@ -166,22 +166,22 @@ def best_table(config: Config, runs: Mapping[str, Any]) -> str:
         rows[0] += [f"after {names[2]}: {x}" for x in (*names, "mean")]
 
     def row(title, first, last):
-        found = [title, *map(cells, first.T[:2]), cells(first[:, :2].mean(1))]
+        columns = [title, *map(cells, first.T[:2]), cells(first[:, :2].mean(1))]
         if with_third:
             blank = [""] * (1 + len(names))
-            found += (
+            columns += (
                 blank if last is None else [*map(cells, last.T), cells(last.mean(1))]
             )
-        return found
+        return columns
 
     rows.append(row("pretrained", np.asarray(runs[PRETRAINING]["test"])[:, -1], None))
     for arm, stage in every:
-        found, last = np.asarray(runs[str(arm)]["test"]), runs.get(str(third(arm)))
-        if stage < found.shape[1] - 1:  # what goes on is what all steps led to
+        losses, last = np.asarray(runs[str(arm)]["test"]), runs.get(str(third(arm)))
+        if stage < losses.shape[1] - 1:  # what goes on is what all steps led to
             at = stops(config.steps, config)[stage]
-            rows.append(row(f"{arm}, stopped at {at} steps", found[:, stage], None))
+            rows.append(row(f"{arm}, stopped at {at} steps", losses[:, stage], None))
         after = None if last is None else np.asarray(last["test"])[:, -1]
-        rows.append(row(str(arm), found[:, -1], after))
+        rows.append(row(str(arm), losses[:, -1], after))
     return aligned(rows)
 
 
@@ -233,9 +233,9 @@ def report(study: Study) -> None:
     record.save("finetune", figure(config, runs))
 
 
-def sample_tables(found: Mapping[str, Sequence[str]]) -> list[str]:
+def sample_tables(samples: Mapping[str, Sequence[str]]) -> list[str]:
     """How the networks go on, a text each."""
-    (_, prompts), *others = found.items()
+    (_, prompts), *others = samples.items()
     width = max(len(name) for name, _ in others)
     return [
         "\n".join(
@@ -251,14 +251,14 @@ def sample_tables(found: Mapping[str, Sequence[str]]) -> list[str]:
 def figure(config: Config, runs: Mapping[str, Any]) -> Figure:
     """Loss on the old text over that on the new one, a curve a family."""
     names = list(titles(config).values())
-    found = {
+    curves = {
         "early stopping" if name == "fine-tuning" else name: curve(name, family, runs)[
             ..., 1::-1
         ]
         for name, family in families(config).items()
     }
     return figures.frontier(
-        found,
+        curves,
         start=np.asarray(runs[PRETRAINING]["test"])[:, -1, 1::-1],
         labels=[f"Loss on the {x}, bits a byte" for x in names[1::-1]],
         suptitle=f"Held-out text, {over_seeds(dict(runs))}",

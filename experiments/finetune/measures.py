@@ -53,15 +53,15 @@ def samples(study: Study, names: Sequence[str]) -> dict[str, list[str]]:
         language.cut(problem.test.content, starts[0], prompt_length)
         for starts in problem.test_tasks[:2]
     ]
-    found = {"prompt": list(map(decoded, prompts))}
+    continuations = {"prompt": list(map(decoded, prompts))}
     for name in names:
         carry = study.carry(name, first_group(record.runs[name]))
         params = jax.tree.map(lambda x: x[0], carry.params)
-        found[name] = [
+        continuations[name] = [
             decoded(write(params, prompt, jax.random.key(i)))
             for i, prompt in enumerate(prompts)
         ]
-    return found
+    return continuations
 
 
 def decoded(text: Any) -> str:
@@ -123,11 +123,13 @@ def cost(config: Config, problem: Problem) -> dict[str, dict[str, float]]:
     parameters = sum(x.size for x in jax.tree.leaves(base))
     shares = np.eye(len(problem.train.size), dtype=np.float32)[1]
     stage, key = Stage(shares, np.int32(4)), jax.random.key(0)
-    programs, found = {}, {}
-    for name, (own, memory, lora) in kinds.items():
-        params = network(own, own.lora_rank if lora else 0).init(key)
-        carry = Carry(params, optimizer(own, memory, 1.0, own.damping).init(params))
-        make = GoOn(own, memory, lora)
+    programs, costs = {}, {}
+    for name, (variant, memory, lora) in kinds.items():
+        params = network(variant, variant.lora_rank if lora else 0).init(key)
+        carry = Carry(
+            params, optimizer(variant, memory, 1.0, variant.damping).init(params)
+        )
+        make = GoOn(variant, memory, lora)
 
         def steps(carry, base, texts, stage, make=make):
             learner = make(jnp.float32(1), jnp.float32(1e-3), carry, base)
@@ -137,9 +139,9 @@ def cost(config: Config, problem: Problem) -> dict[str, dict[str, float]]:
         compiled = jax.jit(steps, donate_argnums=0).lower(carry, *shared).compile()
         programs[name] = timing.stateful(compiled, carry, *shared, steps=4)
         state = sum(x.nbytes for x in jax.tree.leaves(carry.opt_state))
-        found[name] = {"state_bytes": state / parameters, **programs[name].facts}
+        costs[name] = {"state_bytes": state / parameters, **programs[name].facts}
     times = timing.take_turns(programs, config.cost_turns)
     for name, turns in times.items():
         ratios = np.divide(turns, times["fine-tuning"])
-        found[name] |= {"ms": np.median(turns), "to_adam": np.median(ratios)}
-    return found
+        costs[name] |= {"ms": np.median(turns), "to_adam": np.median(ratios)}
+    return costs

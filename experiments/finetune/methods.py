@@ -61,8 +61,8 @@ Importance = Callable[[language.Logits, Any, jax.Array, jax.Array], Any]
 def half_fisher(logits: Any, params: Any, windows: Any, key: jax.Array) -> Any:
     """Half the Fisher information of a mean over a sequence's bytes."""
     windows = windows[:, :-1]
-    found = importance.fisher(logits, params, windows, key)
-    return jax.tree.map(lambda f: f / (2 * windows.shape[-1]), found)
+    information = importance.fisher(logits, params, windows, key)
+    return jax.tree.map(lambda f: f / (2 * windows.shape[-1]), information)
 
 
 def sensitivity(logits: Any, params: Any, windows: Any, key: jax.Array) -> Any:

@@ -26,7 +26,7 @@ from experiments.finetune.methods import (
     optimizer,
     third,
 )
-from experiments.finetune.texts import make_problem, on, stops
+from experiments.finetune.texts import make_problem, stops, with_stages
 from experiments.training import language
 from experiments.training.loop import Carry
 from si_jax import ewc, sweep
@@ -63,7 +63,9 @@ class Study(NamedTuple):
         self, which: Sequence[int], steps: Sequence[int]
     ) -> Callable[[], Problem]:
         """What learns some of the texts, stage after stage of so many steps."""
-        return functools.partial(on, self.problem, which, steps, self.config.epochs)
+        return functools.partial(
+            with_stages, self.problem, which, steps, self.config.epochs
+        )
 
     def carry(self, name: str, seeds: Sequence[int]) -> Carry:
         """What a finished run ended with."""
@@ -93,9 +95,9 @@ def measured(
 ) -> Any:
     """The importance of some runs' networks, parameters and base, on some windows."""
     mesh = sweep.mesh(len(seeds))
-    own = sweep.spread((networks, np.asarray(seeds, np.uint32)), mesh)
+    per_run = sweep.spread((networks, np.asarray(seeds, np.uint32)), mesh)
     program = _measuring(config, measure, lora, mesh)
-    return sweep.gather(program(*own, sweep.replicate(windows, mesh)), len(seeds))
+    return sweep.gather(program(*per_run, sweep.replicate(windows, mesh)), len(seeds))
 
 
 @functools.cache  # what several methods measure is compiled once
@@ -104,8 +106,8 @@ def _measuring(
 ) -> Callable[..., Any]:
     net = network(config, config.lora_rank if lora else 0)
 
-    def of_one(own, seed, windows):
-        params, base = own
+    def of_one(networks, seed, windows):
+        params, base = networks
         key = jax.random.fold_in(jax.random.key(seed), 2**31)
         return measure(net.logits(base), params, windows, key)
 
@@ -123,18 +125,18 @@ def make_study(config: Config, contents: Mapping[str, bytes]) -> Study:
         hyperparameters={"strength": 0.0, "damping": config.damping},
     )
     kept = jax.jit(jax.vmap(functools.partial(half_kept, config)))
-    own_network = functools.lru_cache(maxsize=2)(
+    pretrained_carry = functools.lru_cache(maxsize=2)(
         functools.partial(study.carry, PRETRAINING)
     )
 
-    def given(family: Family, seeds: Sequence[int]) -> Mapping[str, Any]:
+    def origin(family: Family, seeds: Sequence[int]) -> Mapping[str, Any]:
         """The pretrained networks with what is important for the old text."""
         if "diverged" in study.record.runs.get(PRETRAINING, {}):
             raise command.UserError(
                 "The pretraining diverged: there is nothing to fine-tune. Lower the "
                 "learning rate, with another --out."
             )
-        pretrained = own_network(seeds)
+        pretrained = pretrained_carry(seeds)
         params, base = pretrained.params, None
         if family.lora:
             base = params
@@ -167,7 +169,7 @@ def make_study(config: Config, contents: Mapping[str, bytes]) -> Study:
     for name, family in families(config).items():
         at = [config.steps] if family.strengths else stops(config.steps, config)
         which, steps = (0, 1) if family.mixed else (1,), np.diff([0, *at]).tolist()
-        start = functools.lru_cache(maxsize=2)(functools.partial(given, family))
+        start = functools.lru_cache(maxsize=2)(functools.partial(origin, family))
         for arm in arms(name, family):
             study.add(
                 arm,
@@ -188,7 +190,7 @@ def then_third(study: Study, chosen: Mapping[str, Label]) -> None:
     config = study.config
     kept = jax.jit(jax.vmap(functools.partial(half_kept, config)))
 
-    def given(family: Family, arm: Label, seeds: Sequence[int]) -> Mapping[str, Any]:
+    def origin(family: Family, arm: Label, seeds: Sequence[int]) -> Mapping[str, Any]:
         before = study.runs[str(arm)].given(seeds)
         carry = study.carry(str(arm), seeds)
         params, opt_state, _ = carry
@@ -212,5 +214,5 @@ def then_third(study: Study, chosen: Mapping[str, Label]) -> None:
             study.runs[str(arm)],
             label=third(arm),
             problem=study.learning(which, (config.third_steps,)),
-            given=functools.partial(given, family, arm),
+            given=functools.partial(origin, family, arm),
         )

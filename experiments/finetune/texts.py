@@ -17,21 +17,21 @@ def load(config: Config) -> dict[str, bytes]:
     Raises:
       UserError: if one cannot be read, is too short, or is the same as another.
     """
-    found = {}
+    contents = {}
     for name, files, default in (
         ("old", config.old, "prose"),
         ("new", config.new, "code"),
         ("third", config.third, "tables"),
     ):
         if files:
-            found[name] = texts.read(files)
+            contents[name] = texts.read(files)
         elif name != "third" or not config.old:
-            found[name] = texts.shipped(default)
+            contents[name] = texts.shipped(default)
     if not config.third_steps:
-        found.pop("third", None)
-    found = {name: text[: config.text_bytes] for name, text in found.items()}
-    texts.check(found, least=round(2 * (config.length + 1) / HELD_OUT) + 1)
-    return found
+        contents.pop("third", None)
+    contents = {name: text[: config.text_bytes] for name, text in contents.items()}
+    texts.check(contents, least=round(2 * (config.length + 1) / HELD_OUT) + 1)
+    return contents
 
 
 def titles(config: Config) -> dict[str, str]:
@@ -71,7 +71,7 @@ def make_problem(contents: Sequence[bytes], config: Config) -> Problem:
     return Problem(joined, joined, choose, report, second="choice")
 
 
-def on(
+def with_stages(
     problem: Problem, which: Sequence[int], steps: Sequence[int], epochs: int
 ) -> Problem:
     """To learn some of the texts, in equal shares, stage after stage of so many steps.
