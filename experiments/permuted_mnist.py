@@ -246,13 +246,13 @@ def run(config: Config) -> None:
 
 def summary(run: dict[str, Any]) -> dict[str, Any]:
     """The usual measures; of ω, how each task's correlates with those before."""
-    found = summarize(run)
+    measures = summarize(run)
     if "correlations" in run:
         for name, measure in CORRELATIONS.items():
-            found[f"correlation_with_{name.replace(' ', '_')}"] = {
+            measures[f"correlation_with_{name.replace(' ', '_')}"] = {
                 layer: measure(values) for layer, values in hidden_layers(run).items()
             }
-    return found
+    return measures
 
 
 def hidden_layers(run: dict[str, Any]) -> dict[str, np.ndarray]:
