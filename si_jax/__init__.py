@@ -5,14 +5,10 @@ from contextlib import suppress
 from jax import export
 
 from si_jax import ewc, importance
+from si_jax.carry import carry_over, reset_optimizer
 from si_jax.diagnosis import Diagnosis, diagnose
 from si_jax.persistence import PersistentState, persistent
-from si_jax.state import (
-    add_importance,
-    carry_over,
-    reset_optimizer,
-    surrogate_loss,
-)
+from si_jax.state import add_importance, surrogate_loss
 from si_jax.transform import (
     Synapses,
     SynapticIntelligenceState,
