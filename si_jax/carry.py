@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from si_jax import checks, transform
+from si_jax import checks
 from si_jax.ewc import ElasticWeightConsolidationState
-from si_jax.pytrees import extend, placed, zeros
+from si_jax.pytrees import extend, zeros
 from si_jax.state import Memory, Synaptic, find_memories, map_memories, none_of, require
 from si_jax.transform import (
     Synapses,
@@ -33,10 +33,8 @@ def carry_over(opt_state: optax.OptState, *, into: optax.OptState) -> optax.OptS
     A run without SI or EWC goes on with them: if there is no memory in ``opt_state``,
     ``into`` keeps its own and takes the rest from there, moments and counts.
 
-    Best at a task's end, after :func:`consolidate`. In mid-task ω is carried, too; the
-    last step of a link that becomes a wrapper is credited with what the parameters
-    moved to ``into``'s θ̃, so ``into`` must be made from the current ones. (It is not
-    credited where ``state_dtype`` rounds θ̃.)
+    Best at a task's end, after :func:`consolidate`. In mid-task ω is carried, too; but
+    a link does not become a wrapper there, as its last step is still to be credited.
 
     Pure; under ``jit`` nothing is copied that need not be:
     ``jax.jit(lambda s, p: si_jax.carry_over(s, into=tx.init(p)), donate_argnums=0)``.
@@ -53,8 +51,10 @@ def carry_over(opt_state: optax.OptState, *, into: optax.OptState) -> optax.OptS
 
     Raises:
       ValueError: if there is no memory in ``into``, or none in ``opt_state`` and the
-        rest does not fit, if they hold different numbers of memories, or if a parameter
-        that ``opt_state`` remembers shrank, changed its number of axes or is gone.
+        rest does not fit, if they hold different numbers of memories, if a parameter
+        that ``opt_state`` remembers shrank, changed its number of axes or is gone, or
+        if a link would become a wrapper in mid-task. Under ``jit`` that is not seen,
+        and ω is NaN.
 
     Example:
       >>> import jax.numpy as jnp, optax, si_jax
@@ -155,12 +155,12 @@ def _carry_synaptic(old: Any, new: Any) -> Any:
     """Either form into either: ω, Ω and θ̃, and of a link into a link its last step."""
     reference = extend(old.synapses.reference, new.synapses.reference)
     from_link, to_link = (isinstance(x, SynapticIntelligenceState) for x in (old, new))
+    path_integral = old.synapses.path_integral
     if from_link and not to_link:
         # A link is credited one call later; a wrapper has no place for that step.
-        now = _now(new.synapses.reference, old.last_params)
-        old = transform.observe(old, now, old.last_grads)
+        path_integral = _complete(path_integral, checks.scalar(old.pending))
     synapses = Synapses(
-        _free(old.synapses.path_integral, new.synapses.path_integral),
+        _free(path_integral, new.synapses.path_integral),
         _free(old.synapses.importance, new.synapses.importance),
         reference,
     )
@@ -187,17 +187,17 @@ def _free(old: Any, new: Any) -> Any:
     return extend(old, jax.tree.map(zeros, new))
 
 
-def _now(reference: Any, before: Any) -> Any:
-    """The parameters of ``before`` today, from a new θ̃, unless it is rounded."""
-    leaves = dict(jax.tree_util.tree_leaves_with_path(reference))
-
-    def leaf(path, old):
-        new = leaves[path]
-        if jnp.finfo(new.dtype).bits < jnp.finfo(old.dtype).bits:
-            return old
-        return placed(new[tuple(map(slice, old.shape))], old)
-
-    return jax.tree_util.tree_map_with_path(leaf, before)
+def _complete(path_integral: Any, pending: jax.Array) -> Any:
+    """ω of a link, if no step is still to be credited."""
+    if isinstance(pending, jax.core.Tracer):
+        nan = jnp.where(pending, jnp.nan, 0.0)
+        return jax.tree.map(lambda w: w + nan.astype(w.dtype), path_integral)
+    if pending:
+        raise ValueError(
+            "in mid-task a link does not become a wrapper: its last step is still to "
+            "be credited. First opt_state = si_jax.consolidate(opt_state, params)."
+        )
+    return path_integral
 
 
 def reset_optimizer(
