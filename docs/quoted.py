@@ -15,6 +15,7 @@ import json
 import re
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 
@@ -67,7 +68,12 @@ def read(name):
             for method, numbers in of_net.items()
         }
     if experiment := EXPERIMENTS.get(content["experiment"]):
-        content["config"] = configuration(experiment, name, content["settings"])
+        config = configuration(experiment, name, content["settings"])
+        if experiment is finetune:  # whose tables have a row a method
+            run = {x["method"] for x in content["runs"].values()}
+            methods = tuple(x for x in get_args(finetune.Name) if x in run)
+            config = dataclasses.replace(config, methods=methods)
+        content["config"] = config
     return content
 
 
@@ -193,7 +199,7 @@ MEASURES = {
     "with_earlier": functools.partial(of_omega, permuted_mnist.with_earlier),
 }
 OVER_TASKS = ("test", "train", "authors")  # averaged where no task is named
-OVER_SEEDS = r"[^*]+\.(test|train|forgetting|noise|bias)(\[-?\d+\])?"
+OVER_SEEDS = r"[^*]+\.(test|train|forgetting|noise|bias|lost|more)(\[-?\d+\])?"
 
 
 def value(words):
@@ -316,6 +322,13 @@ def times_of_torch():
 
 
 QUANTITIES = {
+    "finetune_quick_squisher.more": lambda: (
+        grew("finetune_quick_squisher", 0.5)["squisher"]
+        - grew("finetune_quick_squisher", 0.5)["ewc"]
+    ),
+    "split_mnist_compact.lost": lambda: (
+        value("split_mnist.si.test") - value("split_mnist_compact.si c=1.test")
+    ),
     "permuted_mnist.furthest": lambda: abs(
         value("permuted_mnist.si c=0.1.from_authors")
     ).max(),

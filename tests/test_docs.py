@@ -237,6 +237,13 @@ def grew(fraction):
     return {x: y.mean() for x, y in quoted.grew("finetune", fraction).items()}
 
 
+def grown(name):
+    """The same of the small record with Squisher, by seeds and fractions."""
+    content = read("finetune_quick_squisher")
+    fractions = (0.5, 0.75, 0.9)
+    return finetune.at_equal_loss(content["config"], content["runs"], fractions)[name]
+
+
 @functools.cache
 def chosen():
     return finetune.choose(TEXTS, read("finetune")["runs"])
