@@ -11,9 +11,13 @@ import numpy as np
 import pytest
 from started import run
 
+from experiments import permuted_mnist, split_cifar, sweep
 from experiments.engine import command
 from experiments.engine.command import CONFIGS, UserError, parse
+from experiments.finetune import config as finetune
+from experiments.scenarios import config as scenarios
 from experiments.split_mnist import Config
+from experiments.why import config as why
 
 
 def test_the_file_gives_defaults_and_the_command_line_overrides(tmp_path):
@@ -81,6 +85,61 @@ def test_values_and_flags_that_make_no_sense_end_with_status_2(
         parse(Config, "split_mnist", ["--config", str(file), *arguments])
     assert end.value.code == 2
     assert message in "".join(capsys.readouterr())
+
+
+CONFIGURATIONS = {
+    "finetune": finetune.Config,
+    "permuted_mnist": permuted_mnist.Config,
+    "scenarios": scenarios.Config,
+    "split_cifar": split_cifar.Config,
+    "sweep": sweep.Config,
+    "why": why.Config,
+}
+
+
+@pytest.mark.parametrize(
+    ("experiment", "arguments", "message"),
+    [
+        ("finetune", "--methods", "methods must name at least one"),
+        ("finetune", "--old a.txt", "--old and --new go together"),
+        ("finetune", "--heads 3", "heads must divide width"),
+        ("finetune", "--steps 100", "steps must be a multiple of 128"),
+        ("finetune", "--micro-batch 3", "micro_batch must divide batch_size"),
+        ("finetune", "--si-strengths -1", "si_strengths must be >= 0"),
+        ("finetune", "--third-steps -128", "third_steps must be at least 0"),
+        ("permuted_mnist", "--methods adam", "invalid choice"),
+        ("permuted_mnist", "--damping 0", "damping must be > 0"),
+        ("permuted_mnist", "--ewc-strengths -1", "strengths must be >= 0"),
+        ("permuted_mnist", "--held-out 1", "held_out must be in [0, 1)"),
+        ("permuted_mnist", "--dropout 1", "dropout must be in [0, 1)"),
+        ("permuted_mnist", "--tasks 0", "tasks must be at least 1"),
+        ("permuted_mnist", "--methods", "methods must name at least one"),
+        ("permuted_mnist", "--hidden", "hidden must be widths"),
+        ("permuted_mnist", "--damping inf", "damping must be > 0 and finite"),
+        ("scenarios", "--scenario data", "invalid choice"),
+        ("scenarios", "--scenario", "scenario must name at least one"),
+        ("scenarios", "--held-out 0", "held_out must be between 0 and 1"),
+        ("scenarios", "--mas-strengths -1", "mas_strengths must be >= 0"),
+        ("scenarios", "--grid-seeds 0", "grid_seeds must be at least 1"),
+        ("split_cifar", "--micro-batch 100", "micro_batch must divide batch_size"),
+        ("split_cifar", "--examples -1", "examples must be at least 0"),
+        ("split_cifar", "--data cifar100", "invalid choice"),
+        ("split_cifar", "--held-out 1", "held_out must be in [0, 1)"),
+        ("why", "--importances sgd", "invalid choice"),
+        ("why", "--batch-sizes 0", "batch_sizes must be >= 1"),
+        ("why", "--pulls -1", "pulls must be >= 0"),
+        ("why", "--held-out 1", "held_out must be between 0 and 1"),
+        ("why", "--networks 0", "networks must be at least 1"),
+        ("sweep", "--damping 0.1", "Unrecognized options: --damping"),
+        ("sweep", "--dampings 0", "dampings must be > 0"),
+        ("sweep", "--strengths -1", "strengths must be >= 0"),
+        ("sweep", "--held-out 1", "held_out must be between 0 and 1"),
+    ],
+)
+def test_values_that_make_no_sense_are_refused(experiment, arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        parse(CONFIGURATIONS[experiment], experiment, arguments.split())
+    assert message in " ".join(capsys.readouterr().err.split())
 
 
 def test_help_names_the_file_and_every_option(capsys):

@@ -111,26 +111,6 @@ def test_shipped_configurations_parse(name):
     assert config != permuted_mnist.Config()
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--methods", "adam"], "invalid choice"),
-        (["--damping", "0"], "damping must be > 0"),
-        (["--ewc-strengths", "-1"], "strengths must be >= 0"),
-        (["--held-out", "1"], "held_out must be in [0, 1)"),
-        (["--dropout", "1"], "dropout must be in [0, 1)"),
-        (["--tasks", "0"], "tasks must be at least 1"),
-        (["--methods"], "methods must name at least one"),
-        (["--hidden"], "hidden must be widths"),
-        (["--damping", "inf"], "damping must be > 0 and finite"),
-    ],
-)
-def test_values_that_make_no_sense_are_refused(arguments, message, capsys):
-    with pytest.raises(SystemExit):
-        command.parse(permuted_mnist.Config, "permuted_mnist", arguments)
-    assert message in " ".join(capsys.readouterr().err.split())
-
-
 def test_table_puts_the_controls_where_they_belong():
     matrix = np.array([[[0.9, 0.1], [0.5, 0.7]]])
     runs = {
