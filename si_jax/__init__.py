@@ -4,7 +4,7 @@ from contextlib import suppress
 
 from jax import export
 
-from si_jax import ewc, importance
+from si_jax import ewc, importance, kronecker
 from si_jax.carry import carry_over, reset_optimizer
 from si_jax.diagnosis import Diagnosis, diagnose
 from si_jax.persistence import PersistentState, persistent
@@ -33,6 +33,7 @@ __all__ = [
     "diagnose",
     "ewc",
     "importance",
+    "kronecker",
     "persistent",
     "reset_optimizer",
     "surrogate_loss",
@@ -47,6 +48,9 @@ for _state in (
     SynapticIntelligenceState,
     WithSynapticIntelligenceState,
     ewc.ElasticWeightConsolidationState,
+    kronecker.KroneckerConsolidationState,
+    kronecker.Factors,
+    kronecker.Layer,
     Diagnosis,
 ):
     with suppress(ValueError):  # reloaded, and registered already

@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from si_jax import checks
+from si_jax import checks, kronecker
 from si_jax.ewc import ElasticWeightConsolidationState
+from si_jax.kronecker import KroneckerConsolidationState
 from si_jax.pytrees import extend, zeros
 from si_jax.state import Memory, Synaptic, find_memories, map_memories, none_of, require
 from si_jax.transform import (
@@ -16,7 +17,16 @@ from si_jax.transform import (
     WithSynapticIntelligenceState,
 )
 
-_Link = SynapticIntelligenceState | ElasticWeightConsolidationState
+_Link = (
+    SynapticIntelligenceState
+    | ElasticWeightConsolidationState
+    | KroneckerConsolidationState
+)
+_KINDS = (
+    (Synaptic, "SI"),
+    (ElasticWeightConsolidationState, "EWC"),
+    (KroneckerConsolidationState, "Kronecker factors"),
+)
 _ELSE = "If the parameters grew or the optimizer is another one, use si_jax.carry_over."
 
 
@@ -76,7 +86,7 @@ def carry_over(opt_state: optax.OptState, *, into: optax.OptState) -> optax.OptS
     for state in (*old, *new):
         checks.scalar(state.strength)
     remaining = {}
-    for kind, name in ((Synaptic, "SI"), (ElasticWeightConsolidationState, "EWC")):
+    for kind, name in _KINDS:
         counts = [sum(isinstance(x, kind) for x in memories) for memories in (old, new)]
         if counts[0] != counts[1]:
             raise ValueError(
@@ -88,6 +98,8 @@ def carry_over(opt_state: optax.OptState, *, into: optax.OptState) -> optax.OptS
     def carry(state: Any) -> Any:
         if isinstance(state, ElasticWeightConsolidationState):
             return _carry_elastic(next(remaining[type(state)]), state)
+        if isinstance(state, KroneckerConsolidationState):
+            return _carry_kronecker(next(remaining[type(state)]), state)
         return _carry_synaptic(next(remaining[Synaptic]), state)
 
     copies = jax.tree.map(
@@ -147,6 +159,15 @@ def _without_memories(opt_state: optax.OptState) -> optax.OptState:
 def _carry_elastic(old: Any, new: Any) -> Any:
     return new._replace(
         importance=_free(old.importance, new.importance),
+        reference=extend(old.reference, new.reference),
+    )
+
+
+def _carry_kronecker(old: Any, new: Any) -> Any:
+    factors = _free(kronecker.plain(old.factors), kronecker.plain(new.factors))
+    boxes, leaves = jax.tree.structure(new.factors), jax.tree.leaves(factors)
+    return new._replace(
+        factors=jax.tree.unflatten(boxes, leaves),
         reference=extend(old.reference, new.reference),
     )
 

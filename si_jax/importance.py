@@ -2,9 +2,10 @@
 
 In a pass of their own, from functions of one example: :func:`fisher` takes a
 classifier's logits, :func:`empirical_fisher` any log-likelihood, :func:`sensitivity`
-any outputs, without labels. Each takes the derivative for every single example, and
-means over the examples what it makes of it. Without a pass, and without data,
-:func:`second_moment` takes what the optimizer has accumulated. :func:`save` and
+any outputs, without labels; :func:`kronecker` takes the logits and gives more than a
+diagonal, for :mod:`si_jax.kronecker`. Each takes the derivative for every single
+example, and means over the examples what it makes of it. Without a pass, and without
+data, :func:`second_moment` takes what the optimizer has accumulated. :func:`save` and
 :func:`load` make files of them.
 
 The examples are a tree of arrays whose leading axis runs over them, the parameters a
@@ -23,12 +24,15 @@ from jax.typing import ArrayLike
 
 from si_jax.accumulators import second_moment
 from si_jax.checks import zeros_wide
+from si_jax.examples import check_leaf, number_of, spread
+from si_jax.factors import kronecker
 from si_jax.importance_file import load, save
 from si_jax.pytrees import wide
 
 __all__ = [
     "empirical_fisher",
     "fisher",
+    "kronecker",
     "load",
     "save",
     "second_moment",
@@ -117,14 +121,14 @@ def fisher(
             "give either a key, to sample labels from the model, or exact=True. For "
             "given labels there is empirical_fisher."
         )
-    n = _count(inputs=inputs, weights=weights)
+    n = number_of(inputs=inputs, weights=weights)
     w = jnp.ones(n) if weights is None else jnp.asarray(weights)
     keys = None if key is None else jax.random.split(key, n)
 
     def log_likelihoods(params, x, weight):
         """Of every label at every position, and the positions' weights."""
         out = wide(logits(params, x))
-        weight = _spread(weight, out.shape).astype(out.dtype)
+        weight = spread(weight, out.shape).astype(out.dtype)
         # What a position without weight holds, infinities or not, is of no account.
         out = jnp.where(weight[..., None] == 0, 0, out)
         return jax.nn.log_softmax(out), weight
@@ -212,7 +216,7 @@ def empirical_fisher(
       Kunstner et al., `Limitations of the empirical Fisher approximation
       <https://arxiv.org/abs/1905.12558>`_, NeurIPS 2019
     """
-    n = _count(examples=examples)
+    n = number_of(examples=examples)
 
     def of_one(params, example):
         def checked(params):
@@ -271,7 +275,7 @@ def sensitivity(
       Aljundi et al., `Memory Aware Synapses: Learning what (not) to forget
       <https://arxiv.org/abs/1711.09601>`_, ECCV 2018
     """
-    n = _count(inputs=inputs)
+    n = number_of(inputs=inputs)
 
     def of_one(params, x):
         def squared_norm(params):
@@ -297,7 +301,7 @@ def _mean(
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}.")
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        _check_real(f"params{jax.tree_util.keystr(path)}", leaf)
+        check_leaf(f"params{jax.tree_util.keystr(path)}", leaf)
 
     whole = n - n % chunk_size
 
@@ -329,50 +333,3 @@ def _mean(
 
 def _square(gradient: optax.Params) -> optax.Params:
     return jax.tree.map(lambda g: jnp.square(wide(g)), gradient)
-
-
-def _count(**trees: Any) -> int:
-    """How many examples there are: the leading axis that all arrays share."""
-    lengths = {
-        f"{path[0].key}{jax.tree_util.keystr(path[1:])}": jnp.shape(leaf)[:1]
-        for path, leaf in jax.tree_util.tree_leaves_with_path(trees)
-    }
-    different = {length: name for name, length in lengths.items()}
-    if () in different:
-        raise ValueError(f"{different[()]} has no leading axis over the examples.")
-    if len(different) > 1:
-        ((m,), one), ((n,), other) = list(different.items())[:2]
-        raise ValueError(
-            f"the leading axis runs over the examples, but {one} has {m} of them and "
-            f"{other} {n}."
-        )
-    if not different or (0,) in different:
-        raise ValueError(f"there are no examples in {next(iter(trees))}.")
-    ((count,),) = different
-    return count
-
-
-def _spread(weight: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """The weights of one example at each position of logits of this shape."""
-    if not shape or shape[-1] < 2:
-        raise ValueError(
-            f"logits must be (…, classes) of one example, got shape {shape}. For two "
-            "classes with one logit z give (z, 0)."
-        )
-    try:
-        return jnp.broadcast_to(weight, shape[:-1])
-    except ValueError as error:
-        raise ValueError(
-            f"the weights of an example, of shape {weight.shape}, do not broadcast to "
-            f"its positions, {shape[:-1]}."
-        ) from error
-
-
-def _check_real(name: str, leaf: Any) -> None:
-    dtype = getattr(leaf, "dtype", type(leaf).__name__)
-    if not hasattr(leaf, "dtype") or not jnp.issubdtype(dtype, jnp.floating):
-        raise ValueError(
-            f"importances need real floating-point parameters; {name} is {dtype}. "
-            "Close the function over what is no such parameter, and give a complex one "
-            "as its real and imaginary parts."
-        )

@@ -1,4 +1,4 @@
-"""What one does with the memory in an optimizer's state, be it SI's or EWC's."""
+"""What one does with the memory in an optimizer's state: SI's, EWC's or Kronecker's."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,13 +6,14 @@ from typing import Any
 import jax
 import optax
 
-from si_jax import checks, narrow, surrogate, transform
+from si_jax import checks, kronecker, narrow, surrogate, transform
 from si_jax.ewc import ElasticWeightConsolidationState
+from si_jax.kronecker import KroneckerConsolidationState
 from si_jax.pytrees import map_states, states, wide
 from si_jax.transform import SynapticIntelligenceState, WithSynapticIntelligenceState
 
 Synaptic = SynapticIntelligenceState | WithSynapticIntelligenceState
-Memory = Synaptic | ElasticWeightConsolidationState
+Memory = Synaptic | ElasticWeightConsolidationState | KroneckerConsolidationState
 
 
 def add_importance(
@@ -73,13 +74,13 @@ def add_importance(
 
 
 def surrogate_loss(opt_state: optax.OptState, params: optax.Params) -> jax.Array:
-    """The penalty of eq. 4: c Σ Ω (θ̃ − θ)², for logging.
+    """The penalty of eq. 4: c Σ Ω (θ̃ − θ)², and that of Kronecker factors, for logging.
 
     Its gradient is already in the updates; do not add it to the loss.
 
     Args:
-      opt_state: the state of an optimizer that contains Synaptic Intelligence, EWC, or
-        both.
+      opt_state: the state of an optimizer that contains Synaptic Intelligence, EWC or
+        Kronecker factors, or several of them.
       params: the current parameters.
 
     Returns:
@@ -98,11 +99,14 @@ def surrogate_loss(opt_state: optax.OptState, params: optax.Params) -> jax.Array
       >>> print(si_jax.surrogate_loss(opt_state, jnp.array([3.0])))  # 0.1 × 1 × 2²
       0.4
     """
-    memories = [
-        surrogate.Memory(*remembered(state), checks.scalar(state.strength))
-        for state in require(opt_state)
-    ]
-    return surrogate.Penalty(*memories)(params)
+
+    def memory(state: Any) -> Any:
+        c = checks.scalar(state.strength)
+        if isinstance(state, KroneckerConsolidationState):
+            return kronecker.Memory(state.factors, state.reference, c)
+        return surrogate.Memory(*remembered(state), c)
+
+    return surrogate.Penalty(*map(memory, require(opt_state)))(params)
 
 
 # --- Finding them ---------------------------------------------------------------------
@@ -123,6 +127,12 @@ def require_once(opt_state: optax.OptState) -> list[Any]:
     memories = require(opt_state)
     seen = set()
     for state in memories:
+        if isinstance(state, KroneckerConsolidationState):
+            raise ValueError(
+                "opt_state remembers with Kronecker factors, in which a parameter has "
+                "no importance of its own: si_jax.kronecker.consolidate merges more "
+                "of them, and si_jax.surrogate_loss is their penalty."
+            )
         for path, _ in jax.tree_util.tree_leaves_with_path(remembered(state)[1]):
             if path in seen:
                 raise ValueError(
@@ -171,8 +181,9 @@ def none_of(opt_state: optax.OptState, name: str) -> ValueError:
     """What to say where there is no memory."""
     return checks.missing(
         opt_state,
-        "Synaptic Intelligence and no EWC",
-        "si_jax.synaptic_intelligence, si_jax.with_synaptic_intelligence or "
-        "si_jax.ewc.elastic_weight_consolidation",
+        "Synaptic Intelligence and no EWC, nor Kronecker factors",
+        "si_jax.synaptic_intelligence, si_jax.with_synaptic_intelligence, "
+        "si_jax.ewc.elastic_weight_consolidation or "
+        "si_jax.kronecker.kronecker_consolidation",
         name,
     )

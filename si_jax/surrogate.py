@@ -45,12 +45,12 @@ def pull_back(
     def leaf(g, p, omega, ref):
         theta = wide(p)
         stiffness = 2 * strength.astype(theta.dtype) * omega.astype(theta.dtype)
-        return _plus(g, stiffness * (theta - ref.astype(theta.dtype)))
+        return plus(g, stiffness * (theta - ref.astype(theta.dtype)))
 
     return jax.tree.map(leaf, grads, params, importance, reference)
 
 
-def _plus(g: jax.Array, pull: jax.Array) -> jax.Array:
+def plus(g: jax.Array, pull: jax.Array) -> jax.Array:
     """The sum in g's dtype; where g is finite it is, too, be it float16."""
     total = g.astype(pull.dtype) + pull
     if (limit := jnp.finfo(g.dtype).max) < jnp.finfo(pull.dtype).max:
@@ -66,11 +66,18 @@ _SEARCHES = optax.ScaleByZoomLinesearchState | optax.ScaleByBacktrackingLinesear
 
 
 class Memory(NamedTuple):
-    """Ω, θ̃ and c of a penalty."""
+    """Ω, θ̃ and c of a penalty; called, the penalty."""
 
     importance: optax.Params
     reference: optax.Params
     strength: jax.Array
+
+    def __call__(self, params: optax.Params) -> jax.Array:
+        """Eq. 4, c Σ Ω (θ̃ − θ)²."""
+        c = self.strength
+        now = align(params, self.reference, "params")
+        terms = penalty(now, self.importance, self.reference, c.dtype)
+        return c * sum(jax.tree.leaves(terms), jnp.zeros_like(c))
 
 
 class Penalized:
@@ -90,19 +97,12 @@ class Penalized:
 class Penalty:
     """The penalties of several memories, added to what is of the task's loss alone."""
 
-    def __init__(self, *memories: Memory) -> None:
+    def __init__(self, *memories: Any) -> None:
         self._memories = memories
 
     def __call__(self, params: optax.Params) -> jax.Array:
         """Eq. 4, c Σ Ω (θ̃ − θ)², summed over the memories."""
-
-        def of(memory: Memory) -> jax.Array:
-            importance, reference, c = memory
-            now = align(params, reference, "params")
-            terms = penalty(now, importance, reference, c.dtype)
-            return c * sum(jax.tree.leaves(terms), jnp.zeros_like(c))
-
-        first, *others = map(of, self._memories)
+        first, *others = (memory(params) for memory in self._memories)
         return sum(others, first)
 
     def to_value(self, value: Any, params: optax.Params, sign: int = 1) -> jax.Array:
@@ -113,7 +113,7 @@ class Penalty:
         """The gradient of both, in the gradient's dtypes."""
         pull = jax.grad(self)(jax.tree.map(wide, params))
         grads = aligned(grads, params, "grad")
-        return jax.tree.map(lambda g, x: _plus(g, sign * x), grads, pull)
+        return jax.tree.map(lambda g, x: plus(g, sign * x), grads, pull)
 
     def to_extra_args(
         self, extra_args: dict[str, Any], params: optax.Params

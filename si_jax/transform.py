@@ -26,7 +26,7 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
-from si_jax import narrow
+from si_jax import kronecker, narrow
 from si_jax.checks import (
     aligned,
     check_real,
@@ -41,6 +41,7 @@ from si_jax.checks import (
     zeros_wide,
 )
 from si_jax.ewc import ElasticWeightConsolidationState
+from si_jax.kronecker import KroneckerConsolidationState
 from si_jax.pytrees import map_states, states, stored, wide, zeros
 from si_jax.surrogate import Memory, Penalty, pull_back, refuse_functions
 
@@ -404,7 +405,7 @@ def with_synaptic_intelligence(
         c, xi, floored = _hyperparameters(strength, damping, nonnegative, state)
         pulled = pull_back(grads, params, importance, reference, c)
         # Inside, all that is of the loss is of loss and penalty; outside, of the loss.
-        penalty = Penalty(Memory(importance, reference, c), *_elastic(state))
+        penalty = Penalty(Memory(importance, reference, c), *_penalties(state))
         updates, inner_state = inner.update(
             pulled,
             penalty.to_searches(state.inner_state, params, 1),
@@ -518,11 +519,16 @@ def _copy(tree: Any, like: Any) -> Any:
     return jax.tree.map(lambda x, old: jnp.array(x, jnp.result_type(old)), tree, like)
 
 
-def _elastic(state: WithSynapticIntelligenceState) -> list[Memory]:
-    """EWC's memories in the wrapped optimizer."""
+def _penalties(state: WithSynapticIntelligenceState) -> list[Any]:
+    """Those of EWC and of Kronecker factors in the wrapped optimizer."""
     return [
-        Memory(x.importance, x.reference, scalar(x.strength))
-        for x in states(state.inner_state, ElasticWeightConsolidationState)
+        kronecker.Memory(x.factors, x.reference, scalar(x.strength))
+        if isinstance(x, KroneckerConsolidationState)
+        else Memory(x.importance, x.reference, scalar(x.strength))
+        for x in states(
+            state.inner_state,
+            ElasticWeightConsolidationState | KroneckerConsolidationState,
+        )
     ]
 
 
