@@ -26,6 +26,7 @@ from flax.training.train_state import TrainState
 from jax.tree_util import keystr
 
 import si_jax
+from si_jax import ewc, importance
 
 URL = "https://github.com/TTomilin/MEAL"
 COMMIT = "057f86291096657f0353a882d6a3ee2209689261"
@@ -111,6 +112,7 @@ ARMS = [  # fine-tuning, MEAL's methods at MEAL's strengths, and ours
     ("mas", None),
     ("si", 1.0),
     ("si", 10.0),
+    ("ewc, second moment", 1.0),
 ]
 
 
@@ -119,14 +121,30 @@ def actor(params):
     return jax.tree.map_with_path(lambda path, _: "actor" in keystr(path), params)
 
 
+def close_ewc(opt_state, params):
+    """EWC with what MEAL's Adam has kept, of gradients that it has clipped."""
+    agents = 2
+    batch_size = agents * SETTINGS["num_envs"] * SETTINGS["num_steps"]
+    found = importance.second_moment(
+        opt_state, b2=0.999, batch_size=batch_size // SETTINGS["num_minibatches"]
+    )
+    return ewc.consolidate(opt_state, params, found)
+
+
+OURS = {  # the link, and a task's end
+    "si": (lambda c: si_jax.synaptic_intelligence(c, DAMPING), si_jax.consolidate),
+    "ewc, second moment": (ewc.elastic_weight_consolidation, close_ewc),
+}
+
+
 def train(method, strength, seed):
-    """One run of SI, or of MEAL's own ``method`` with the strength that it gives."""
+    """One run of ours, or of MEAL's own ``method`` with the strength that it gives."""
+    ours = method in OURS
+    link, close = OURS.get(method, (None, None))
 
     def around(tx):
-        link = si_jax.synaptic_intelligence(strength, DAMPING)
-        return optax.chain(optax.masked(link, actor), tx)
+        return optax.chain(optax.masked(link(strength), actor), tx)
 
-    ours = method == "si"
     config = IPPOConfig(
         cl_method="ft" if ours else method,
         seed=seed,
@@ -136,7 +154,7 @@ def train(method, strength, seed):
     )
     start = time.time(), time.process_time()
     with contextlib.redirect_stdout(sys.stderr):
-        run = WithMemory(config, *([around, si_jax.consolidate] if ours else []))
+        run = WithMemory(config, *([around, close] if ours else []))
         run.run()
     curves = [
         run.curves[f"Evaluation/Soup_Scaled/{i}_{name}"]
