@@ -1,5 +1,5 @@
 # ruff: noqa: E402
-"""MEAL, a benchmark that others wrote: SI beside the EWC and MAS that it ships.
+"""MEAL, a benchmark that others wrote: SI and EWC beside what it ships.
 
 In an environment that has what the first line of ``trainers/meal.py`` names::
 
@@ -113,6 +113,8 @@ ARMS = [  # fine-tuning, MEAL's methods at MEAL's strengths, and ours
     ("si", 1.0),
     ("si", 10.0),
     ("ewc, second moment", 1.0),
+    ("ewc, second moment", 10.0),
+    ("ewc, second moment", 100.0),
 ]
 
 
@@ -122,7 +124,10 @@ def actor(params):
 
 
 def close_ewc(opt_state, params):
-    """EWC with what MEAL's Adam has kept, of gradients that it has clipped."""
+    """EWC with what MEAL's Adam has kept, of clipped gradients.
+
+    From the second kitchen's end on they have the pull in them; that is the last here.
+    """
     agents = 2
     batch_size = agents * SETTINGS["num_envs"] * SETTINGS["num_steps"]
     found = importance.second_moment(
