@@ -160,9 +160,11 @@ def kronecker_consolidation(
     def init_fn(params: optax.Params) -> KroneckerConsolidationState:
         checks.check_real(params)
         reference = jax.tree.map(lambda p: jnp.array(wide(checks.own(p))), params)
-        held = jax.eval_shape(lambda f: _restrict(f, reference), shapes)
+        held = jax.eval_shape(
+            lambda f: jax.tree.map(wide, _restrict(f, reference)), shapes
+        )
         return KroneckerConsolidationState(
-            jax.tree.map(lambda x: jnp.zeros(x.shape, wide_dtype(x.dtype)), held),
+            jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), held),
             reference,
             jnp.array(strength, jnp.result_type(float)),
         )
@@ -363,11 +365,6 @@ def name_of(path: tuple[Any, ...]) -> str:
     """``keystr``, without the last step into a box of nnx, which comes and goes."""
     boxed = path[-1:] == (jax.tree_util.GetAttrKey("value"),)
     return jax.tree_util.keystr(path[:-1] if boxed else path)
-
-
-def wide_dtype(dtype: Any) -> Any:
-    """``dtype``, or float32 if that is wider."""
-    return dtype if jnp.finfo(dtype).bits >= 32 else jnp.dtype("float32")
 
 
 # --- Which factors belong to the state ------------------------------------------------
