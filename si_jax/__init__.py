@@ -7,6 +7,7 @@ from jax import export
 from si_jax import ewc, importance, kronecker
 from si_jax.carry import carry_over, reset_optimizer
 from si_jax.diagnosis import Diagnosis, diagnose
+from si_jax.merging import merge
 from si_jax.persistence import PersistentState, persistent
 from si_jax.state import add_importance, surrogate_loss
 from si_jax.transform import (
@@ -34,6 +35,7 @@ __all__ = [
     "ewc",
     "importance",
     "kronecker",
+    "merge",
     "persistent",
     "reset_optimizer",
     "surrogate_loss",

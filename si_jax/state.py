@@ -123,17 +123,23 @@ def find_memories(opt_state: optax.OptState) -> list[Any]:
 
 
 def require_once(opt_state: optax.OptState) -> list[Any]:
-    """The memories inside ``opt_state``, each parameter in one of them at most."""
+    """The memories with an importance of every parameter, which one of them holds."""
     memories = require(opt_state)
+    if any(isinstance(state, KroneckerConsolidationState) for state in memories):
+        raise ValueError(
+            "opt_state remembers with Kronecker factors, in which a parameter has "
+            "no importance of its own: si_jax.kronecker.consolidate merges more "
+            "of them, and si_jax.surrogate_loss is their penalty."
+        )
+    refuse_twice(memories)
+    return memories
+
+
+def refuse_twice(memories: list[Any]) -> None:
+    """Refuse memories of which several hold one parameter."""
     seen = set()
     for state in memories:
-        if isinstance(state, KroneckerConsolidationState):
-            raise ValueError(
-                "opt_state remembers with Kronecker factors, in which a parameter has "
-                "no importance of its own: si_jax.kronecker.consolidate merges more "
-                "of them, and si_jax.surrogate_loss is their penalty."
-            )
-        for path, _ in jax.tree_util.tree_leaves_with_path(remembered(state)[1]):
+        for path, _ in jax.tree_util.tree_leaves_with_path(reference(state)):
             if path in seen:
                 raise ValueError(
                     f"opt_state remembers params{jax.tree_util.keystr(path)} more than "
@@ -141,19 +147,21 @@ def require_once(opt_state: optax.OptState) -> list[Any]:
                     "that you mean, of a chain one entry."
                 )
             seen.add(path)
-    return memories
 
 
 def remembered(state: Any) -> tuple[optax.Params, optax.Params]:
-    """Ω and θ̃ of a memory."""
+    """Ω and θ̃ of a memory that has an importance of every parameter."""
     return transform.remembered(_memory(state))
 
 
+def reference(state: Any) -> optax.Params:
+    """θ̃ of a memory."""
+    return _memory(state).reference
+
+
 def _memory(state: Any) -> Any:
-    """What has the fields ``importance`` and ``reference``."""
-    if isinstance(state, ElasticWeightConsolidationState):
-        return state
-    return state.synapses
+    """What has ``reference`` and, but of Kronecker factors, ``importance``."""
+    return state.synapses if isinstance(state, Synaptic) else state
 
 
 def map_memories(
