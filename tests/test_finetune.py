@@ -13,7 +13,7 @@ from experiments.data.texts import sha256, shipped
 from experiments.engine import command
 from experiments.engine.command import UserError
 from experiments.finetune import __main__ as finetune
-from experiments.finetune import findings, measures, methods, study, texts
+from experiments.finetune import findings, measures, merges, methods, study, texts
 from experiments.finetune.config import Config
 from experiments.finetune.methods import Family
 from experiments.training.loop import Carry
@@ -68,7 +68,7 @@ def run(config):
         net = methods.Network(
             lookup, lambda p, text: p["table/of"][text.astype(jnp.int32)], False
         )
-        for module in (methods, study, measures):
+        for module in (methods, study, measures, merges):
             patch.setattr(module, "network", lambda *_: net)
         finetune.run(config)
     return json.loads((config.out / "results.json").read_text())

@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -83,6 +83,14 @@ def trained(run: Run, record: Record) -> Carry:
     Returns:
       The runs' carry, on the host.
     """
+    if (carry := kept(run, record)) is not None:
+        return carry
+    pieces = Pieces(run, record.config.max_parallel)
+    return pieces.to_host(train(run, pieces, record).carry)
+
+
+def kept(run: Run, record: Record) -> Carry | None:
+    """The same, or ``None`` if it is gone."""
     problem, values = run.problem(), run.values()
 
     def init(seed, values):
@@ -97,7 +105,15 @@ def trained(run: Run, record: Record) -> Carry:
     )
     like = empty(carry, len(seeds), stages, np.zeros((len(seeds), tasks), np.float32))
     position, state = restored(record, run.key(), like) or (0, like)
-    if position == stages * run.epochs:
-        return jax.device_get(state.carry)
+    return jax.device_get(state.carry) if position == stages * run.epochs else None
+
+
+def after_each_stage(run: Run, record: Record) -> Iterator[Carry]:
+    """The carry, on the host, of a run of several stages, which is trained again."""
     pieces = Pieces(run, record.config.max_parallel)
-    return pieces.to_host(train(run, pieces, record).carry)
+    carry = pieces.init()
+    for stage in range(pieces.stages):
+        for epoch in range(run.epochs):
+            carry, _ = pieces.epoch(carry, stage, epoch)
+        carry = pieces.finish(carry, stage, run.epochs)
+        yield pieces.to_host(carry)

@@ -21,8 +21,8 @@ class Label:
       damping: ξ, where it was chosen, too.
       scenario: ``"task"``, ``"domain"`` or ``"class"``, where there are several.
       batch_size: examples a step, where there are several.
-      role: ``"grid"`` to choose a strength from, ``"then third"`` on a third text, …;
-        none is the usual one.
+      role: ``"grid"`` to choose a strength from, ``"then third"`` on a third text,
+        ``"interpolated"`` with what it began with, …; none is the usual one.
 
     Example:
       >>> from experiments.engine.run import Label
@@ -51,9 +51,10 @@ class Label:
     def parse(cls, name: str) -> Self:
         """From the name."""
         number = r"([\d.e+-]+)"
+        roles = "grid|then third|interpolated|merged"
         match = re.fullmatch(
             r"(?:(task|domain|class): )?(?:batch (\d+): )?"
-            rf"(.+?)(?: c={number})?(?: ξ={number})?(?:, (grid|then third))?",
+            rf"(.+?)(?: c={number})?(?: ξ={number})?(?:, ({roles}))?",
             name,
         )
         assert match is not None, name

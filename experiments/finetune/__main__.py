@@ -13,6 +13,7 @@ from experiments.engine.record import is_first
 from experiments.finetune.config import PRETRAINING, Config
 from experiments.finetune.findings import choose, report, so_far, summary
 from experiments.finetune.measures import cost, held, samples
+from experiments.finetune.merges import measure
 from experiments.finetune.methods import families
 from experiments.finetune.study import Study, make_study, then_third
 from experiments.finetune.texts import load
@@ -29,6 +30,7 @@ def run(config: Config) -> None:
         driver.run_all(study.runs.values(), study.record, summary, so_far)
 
     train()
+    measure(study)
     if config.third_steps and len(contents) > 2:
         chosen = choose(config, study.record.runs)
         then_third(study, {name: arm for name, (arm, _) in chosen.items()})

@@ -1,9 +1,11 @@
 """What can be set, and what makes sense."""
 
 import dataclasses
+import itertools
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, get_args
 
+import numpy as np
 import tyro
 
 from experiments.engine import command
@@ -91,6 +93,10 @@ class Config(command.Options):
     """Of the learning rate, for SI with a smaller one."""
     lora_rank: int = 8
     """Of the adapters."""
+    merge_weights: tuple[float, ...] = (0.1, 0.3, 0.5, 0.7, 0.9)
+    """Of a fine-tuned network, in its mean with the pretrained one; none: no means."""
+    merge_factors: tuple[float, ...] = (0.01, 0.1, 1.0, 10.0, 100.0)
+    """Of the new text's Fisher information, in the mean by importance; likewise."""
     state_dtype: Literal["bfloat16", "compact"] | None = None
     """Of SI's Ω and θ̃, compact of ω, too; in EWC bfloat16. None is float32."""
     cost_turns: int = 5
@@ -125,6 +131,12 @@ class Config(command.Options):
             ),
             named=("methods",),
         )
+        for name, end in (("merge_weights", 1.0), ("merge_factors", np.inf)):
+            values = (0.0, *getattr(self, name), end)
+            if not all(a < b for a, b in itertools.pairwise(values)):
+                raise ValueError(
+                    f"{name} must rise between 0 and {end:g}, got {values[1:-1]}"
+                )
         if self.width % self.heads:
             raise ValueError(f"heads must divide width: {self.heads}, {self.width}")
         for name, parts in (

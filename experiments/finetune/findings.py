@@ -1,6 +1,8 @@
 """What was found: the best of each family, tables, the figure."""
 
-from collections.abc import Mapping, Sequence
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,7 +14,7 @@ from experiments.engine.run import Label
 from experiments.engine.tables import DIVERGED, aligned, number, over_seeds
 from experiments.finetune import figures
 from experiments.finetune.config import PRETRAINING, Config
-from experiments.finetune.methods import Family, arms, families, third
+from experiments.finetune.methods import Family, arms, families, means, third
 from experiments.finetune.study import Study
 from experiments.finetune.texts import stops, titles
 from si_jax import metrics
@@ -86,45 +88,83 @@ def at_equal_loss(
     of a family's curve where it took as much, by linear interpolation between
     neighbouring points, on the half to choose on; reported is the other half. All
     curves begin at the pretrained network, and those of a strength end with
-    fine-tuning at their learning rate, which is c = 0, if that was run.
+    fine-tuning at their learning rate, which is c = 0, if that was run. Means with the
+    pretrained network are a curve a strength; of these the best is taken at each
+    fraction, by the half to choose on.
 
     Returns:
-      By family, bits a byte ``(seeds, fractions)``; NaN where it learns less.
+      By family and by how its means are taken, bits a byte ``(seeds, fractions)``; NaN
+      where it learns less.
     """
-    whole = {}
-    for half in ("choice", "test"):
-        before = np.asarray(runs[PRETRAINING][half])[:, -1:]
-        after = np.asarray(runs["fine-tuning"][half])[:, -1:]
-        for name, family in families(config).items():
-            path = [before, curve(name, family, runs, half)]
-            slow = Label("slow", family.rate)
-            end = "fine-tuning" if family.rate == 1 else str(slow)
-            if family.strengths and not family.lora and end in runs:
-                path.append(np.asarray(runs[end][half])[:, -1:])
-            n = min(map(len, (*path, after)))
-            whole[name, half] = np.concatenate([x[:n] for x in path], axis=1)
-    growth = {}
-    for name in families(config):
-        chosen, test = whole[name, "choice"], whole[name, "test"]
-        before, after = (
-            np.asarray(runs[of]["choice"])[: len(chosen), -1, 1]
-            for of in (PRETRAINING, "fine-tuning")
-        )
-        growth[name] = np.array(
+
+    def end(name: str, half: str) -> np.ndarray:
+        return np.asarray(runs[name][half])[:, -1:]
+
+    def grown(paths: Mapping[str, Sequence[np.ndarray]], half: str) -> np.ndarray:
+        """Of a curve, the last of whose parts is fine-tuning's end, for the levels."""
+        n = min(len(x) for parts in paths.values() for x in parts)
+        whole = {
+            of: np.concatenate([x[:n] for x in parts[:-1]], axis=1)
+            for of, parts in paths.items()
+        }
+        chosen, reported, after = whole["choice"], whole[half], paths["choice"][-1]
+        before = chosen[:, :1, 1]
+        levels = before - np.asarray(fractions) * (before - after[:n, :, 1])
+        return np.array(
             [
                 [
-                    _crossing(
-                        chosen[seed, :, 1],
-                        test[seed, :, 0],
-                        before[seed] - f * (before[seed] - after[seed]),
-                    )
-                    - test[seed, 0, 0]
-                    for f in fractions
+                    _crossing(chosen[seed, :, 1], reported[seed, :, 0], level)
+                    - reported[seed, 0, 0]
+                    for level in levels[seed]
                 ]
-                for seed in range(len(chosen))
+                for seed in range(n)
             ]
         )
+
+    def paths(*middle: Callable[[str], np.ndarray]) -> dict[str, list[np.ndarray]]:
+        return {
+            half: [
+                end(PRETRAINING, half),
+                *(part(half) for part in middle),
+                end("fine-tuning", half),
+            ]
+            for half in ("choice", "test")
+        }
+
+    growth = {}
+    for name, family in families(config).items():
+        slow = str(Label("slow", family.rate))
+        last = "fine-tuning" if family.rate == 1 else slow
+        middle = [functools.partial(curve, name, family, runs)]
+        if family.strengths and not family.lora and last in runs:
+            middle.append(functools.partial(end, last))
+        growth[name] = grown(paths(*middle), "test")
+    for title, labels in averaged(config, runs).items():
+        every = [
+            paths(
+                lambda half, label=label: np.asarray(runs[str(label)][half]),
+                functools.partial(end, str(dataclasses.replace(label, role=None))),
+            )
+            for label in labels
+        ]
+        to_choose, reported = (
+            np.stack([grown(x, half) for x in every]) for half in ("choice", "test")
+        )
+        mean = to_choose.mean(1)
+        best = np.where(np.isnan(mean), np.inf, mean).argmin(0)
+        growth[title] = reported[best, :, np.arange(len(fractions))].T
     return growth
+
+
+def averaged(config: Config, runs: Mapping[str, Any]) -> dict[str, list[Label]]:
+    """The means with the pretrained network: by family and kind, those of its arms."""
+    found: dict[str, list[Label]] = {}
+    for name, family in families(config).items():
+        for arm in arms(name, family):
+            for label in means(config, arm, family):
+                if str(label) in runs:
+                    found.setdefault(f"{name}, {label.role}", []).append(label)
+    return found
 
 
 def _crossing(falling: np.ndarray, other: np.ndarray, level: float) -> float:

@@ -221,6 +221,23 @@ def arms(name: str, family: Family) -> list[Label]:
     return [Label(name, c) for c in family.strengths or (None,)]
 
 
+def means(config: Config, arm: Label, family: Family) -> dict[Label, tuple[float, ...]]:
+    """The means of its network and the pretrained one, and their weights.
+
+    Evenly, and, where it learned without a penalty, by importance.
+    """
+    if family.lora or family.mixed:
+        return {}
+    every = {"interpolated": config.merge_weights}
+    if not family.memory:
+        every["merged"] = config.merge_factors
+    return {
+        dataclasses.replace(arm, role=role): weights
+        for role, weights in every.items()
+        if weights
+    }
+
+
 def third(arm: Label) -> Label:
     """A method that goes on with the third text."""
     return dataclasses.replace(arm, role="then third")

@@ -67,11 +67,13 @@ class Study(NamedTuple):
             with_stages, self.problem, which, steps, self.config.epochs
         )
 
+    def group(self, name: str, seeds: Sequence[int]) -> Run:
+        """A run of some of its seeds."""
+        return dataclasses.replace(self.runs[name], seeds=seeds)
+
     def carry(self, name: str, seeds: Sequence[int]) -> Carry:
         """What a finished run ended with."""
-        return driver.trained(
-            dataclasses.replace(self.runs[name], seeds=seeds), self.record
-        )
+        return driver.trained(self.group(name, seeds), self.record)
 
     def windows(self, text: int) -> np.ndarray:
         """Of the part of a text that is trained on: uint8 ``(examples, length + 1)``.

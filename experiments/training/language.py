@@ -272,6 +272,43 @@ def predicted(
     return losses, out.argmax(-1) == labels
 
 
+def divergence(
+    before: tuple[Logits, optax.Params],
+    after: tuple[Logits, optax.Params],
+    windows: jax.Array,
+) -> jax.Array:
+    """How far a model has moved from another one on a text, KL(after ‖ before).
+
+    Args:
+      before: a model and its parameters.
+      after: likewise.
+      windows: uint8 ``(…, length + 1)``; each byte is predicted from those before it.
+
+    Returns:
+      Bits a byte, a float32 scalar.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from experiments.training import language
+      >>> def logits(log_odds, text):  # of the first byte, alike everywhere
+      ...     one = log_odds + jnp.log(255.0)
+      ...     return jnp.zeros((*text.shape, 256)).at[..., 0].set(one)
+      >>> windows = jnp.zeros((2, 4), jnp.uint8)
+      >>> even, sure = (logits, 0.0), (logits, 99.0)
+      >>> print(language.divergence(even, sure, windows).round(3))
+      1.0
+    """
+    text = windows[..., :-1].astype(jnp.int32)
+
+    def log_p(model: tuple[Logits, optax.Params]) -> jax.Array:
+        logits, params = model
+        return jax.nn.log_softmax(logits(params, text).astype(jnp.float32))
+
+    new = log_p(after)
+    nats = jnp.sum(jnp.exp(new) * (new - log_p(before)), axis=-1)
+    return nats.mean() / jnp.log(2.0)
+
+
 def sample(
     logits: Logits,
     params: optax.Params,
