@@ -29,6 +29,12 @@ Name = Literal[
 
 PRETRAINING = "pretraining"
 
+DIVERGENCE = "divergence"
+"""What a record calls KL(network ‖ pretrained) on the new text, in bits a byte.
+
+By method, ``(seeds, stages)``, of the half that is reported.
+"""
+
 
 HELD_OUT = 0.1
 
@@ -95,7 +101,7 @@ class Config(command.Options):
     """Of the adapters."""
     merge_weights: tuple[float, ...] = (0.1, 0.3, 0.5, 0.7, 0.9)
     """Of a fine-tuned network, in its mean with the pretrained one; none: no means."""
-    merge_factors: tuple[float, ...] = (0.01, 0.1, 1.0, 10.0, 100.0)
+    merge_factors: tuple[float, ...] = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
     """Of the new text's Fisher information, in the mean by importance; likewise."""
     state_dtype: Literal["bfloat16", "compact"] | None = None
     """Of SI's Ω and θ̃, compact of ω, too; in EWC bfloat16. None is float32."""

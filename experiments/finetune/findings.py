@@ -13,7 +13,7 @@ from experiments.engine.measures import statistics
 from experiments.engine.run import Label
 from experiments.engine.tables import DIVERGED, aligned, number, over_seeds
 from experiments.finetune import figures
-from experiments.finetune.config import PRETRAINING, Config
+from experiments.finetune.config import DIVERGENCE, PRETRAINING, Config
 from experiments.finetune.methods import Family, arms, families, means, third
 from experiments.finetune.study import Study
 from experiments.finetune.texts import stops, titles
@@ -96,64 +96,73 @@ def at_equal_loss(
       By family and by how its means are taken, bits a byte ``(seeds, fractions)``; NaN
       where it learns less.
     """
-
-    def end(name: str, half: str) -> np.ndarray:
-        return np.asarray(runs[name][half])[:, -1:]
-
-    def grown(paths: Mapping[str, Sequence[np.ndarray]], half: str) -> np.ndarray:
-        """Of a curve, the last of whose parts is fine-tuning's end, for the levels."""
-        n = min(len(x) for parts in paths.values() for x in parts)
-        whole = {
-            of: np.concatenate([x[:n] for x in parts[:-1]], axis=1)
-            for of, parts in paths.items()
-        }
-        chosen, reported, after = whole["choice"], whole[half], paths["choice"][-1]
-        before = chosen[:, :1, 1]
-        levels = before - np.asarray(fractions) * (before - after[:n, :, 1])
-        return np.array(
-            [
-                [
-                    _crossing(chosen[seed, :, 1], reported[seed, :, 0], level)
-                    - reported[seed, 0, 0]
-                    for level in levels[seed]
-                ]
-                for seed in range(n)
-            ]
-        )
-
-    def paths(*middle: Callable[[str], np.ndarray]) -> dict[str, list[np.ndarray]]:
-        return {
-            half: [
-                end(PRETRAINING, half),
-                *(part(half) for part in middle),
-                end("fine-tuning", half),
-            ]
-            for half in ("choice", "test")
-        }
-
     growth = {}
     for name, family in families(config).items():
         slow = str(Label("slow", family.rate))
         last = "fine-tuning" if family.rate == 1 else slow
-        middle = [functools.partial(curve, name, family, runs)]
+        parts = [functools.partial(curve, name, family, runs)]
         if family.strengths and not family.lora and last in runs:
-            middle.append(functools.partial(end, last))
-        growth[name] = grown(paths(*middle), "test")
+            parts.append(functools.partial(_end, runs, last))
+        growth[name] = _grown(runs, parts, "test", fractions)
     for title, labels in averaged(config, runs).items():
-        every = [
-            paths(
-                lambda half, label=label: np.asarray(runs[str(label)][half]),
-                functools.partial(end, str(dataclasses.replace(label, role=None))),
-            )
-            for label in labels
-        ]
-        to_choose, reported = (
-            np.stack([grown(x, half) for x in every]) for half in ("choice", "test")
+        every = np.stack(
+            [_grown(runs, _between(runs, x), "test", fractions) for x in labels]
         )
-        mean = to_choose.mean(1)
-        best = np.where(np.isnan(mean), np.inf, mean).argmin(0)
-        growth[title] = reported[best, :, np.arange(len(fractions))].T
+        best = [labels.index(x) for x in best_means(runs, labels, fractions)]
+        growth[title] = every[best, :, np.arange(len(fractions))].T
     return growth
+
+
+def best_means(
+    runs: Mapping[str, Any], labels: Sequence[Label], fractions: Sequence[float]
+) -> list[Label]:
+    """Of means with the pretrained network those that keep the most, by the choice."""
+    grown = [_grown(runs, _between(runs, x), "choice", fractions) for x in labels]
+    mean = np.mean(grown, axis=1)
+    return [labels[i] for i in np.where(np.isnan(mean), np.inf, mean).argmin(0)]
+
+
+_Part = Callable[[str], np.ndarray]  # of a curve: from a half, (seeds, points, texts)
+
+
+def _end(runs: Mapping[str, Any], name: str, half: str) -> np.ndarray:
+    return np.asarray(runs[name][half])[:, -1:]
+
+
+def _between(runs: Mapping[str, Any], label: Label) -> list[_Part]:
+    """Means with the pretrained network, ending with what it is averaged with."""
+    whole = str(dataclasses.replace(label, role=None))
+    return [
+        lambda half: np.asarray(runs[str(label)][half]),
+        functools.partial(_end, runs, whole),
+    ]
+
+
+def _grown(
+    runs: Mapping[str, Any],
+    parts: Sequence[_Part],
+    half: str,
+    fractions: Sequence[float],
+) -> np.ndarray:
+    """How much a half's loss grew on a curve that begins at the pretrained network."""
+    parts = [functools.partial(_end, runs, PRETRAINING), *parts]
+    after = _end(runs, "fine-tuning", "choice")[:, 0, 1]
+    n = min(len(after), *(len(part("choice")) for part in parts))
+    chosen, reported = (
+        np.concatenate([part(x)[:n] for part in parts], axis=1)
+        for x in ("choice", half)
+    )
+    before = chosen[:, 0, 1]
+    levels = before[:, None] - np.outer(before - after[:n], fractions)
+    return (
+        np.array(
+            [
+                [_crossing(chosen[i, :, 1], reported[i, :, 0], x) for x in levels[i]]
+                for i in range(n)
+            ]
+        )
+        - reported[:, :1, 0]
+    )
 
 
 def averaged(config: Config, runs: Mapping[str, Any]) -> dict[str, list[Label]]:
@@ -165,6 +174,64 @@ def averaged(config: Config, runs: Mapping[str, Any]) -> dict[str, list[Label]]:
                 if str(label) in runs:
                     found.setdefault(f"{name}, {label.role}", []).append(label)
     return found
+
+
+def gone(config: Config, content: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """How far every network went from the pretrained one, and what it forgot of it.
+
+    Returns:
+      By family and by how its means are taken, ``(seeds, points, 2)``: the KL
+      divergence from the pretrained network on the new text, and how much the loss on
+      the old text grew, both in bits a byte.
+    """
+    runs, divergence = content["runs"], content.get(DIVERGENCE, {})
+    before = np.asarray(runs[PRETRAINING]["test"])[:, -1:, 0]
+
+    def points(label: Label) -> np.ndarray:
+        grown, kl = np.asarray(runs[str(label)]["test"])[..., 0], divergence[str(label)]
+        n = min(len(grown), len(kl))
+        return np.stack([np.asarray(kl)[:n], grown[:n] - before[:n]], axis=-1)
+
+    families_of = {
+        name: arms(name, family) for name, family in families(config).items()
+    }
+    found = {}
+    for title, labels in (families_of | averaged(config, runs)).items():
+        if known := [x for x in labels if str(x) in divergence]:
+            every = [points(label) for label in known]
+            n = min(map(len, every))
+            found[title] = np.concatenate([x[:n] for x in every], axis=1)
+    return found
+
+
+def off_the_law(config: Config, content: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """What is forgotten by what plain fine-tuning forgets that went as far.
+
+    "As far" is the KL divergence on the new text, and plain is fine-tuning at its rate
+    and at the smaller ones, a curve of straight pieces on logarithmic axes.
+
+    Returns:
+      By family and by how its means are taken, ``(seeds,)``: the geometric mean of the
+      ratio over its points within the curve's reach; NaN where there are none. Nothing
+      if the curve is not there.
+    """
+    every = gone(config, content)
+    if not {"fine-tuning", "slow"} <= every.keys():
+        return {}
+    whole, slow = every["fine-tuning"], every.pop("slow")
+    n = min(len(whole), len(slow))
+    plain = np.concatenate([slow[:n], whole[:n, -1:]], axis=1)
+    every["fine-tuning"] = whole[:, :-1]
+    ratios = {}
+    for title, points in every.items():
+        rows = []
+        for along, at in zip(plain, points, strict=False):
+            inside = (at[:, 0] >= along[0, 0]) & (at[:, 0] <= along[-1, 0])
+            expected = np.interp(np.log(at[inside, 0]), *np.log(along).T)
+            ratio = np.log(at[inside, 1]) - expected
+            rows.append(np.exp(ratio.mean()) if inside.any() else np.nan)
+        ratios[title] = np.array(rows)
+    return ratios
 
 
 def _crossing(falling: np.ndarray, other: np.ndarray, level: float) -> float:
@@ -236,6 +303,15 @@ def equal_table(config: Config, runs: Mapping[str, Any]) -> str:
     return aligned(rows)
 
 
+def law_table(config: Config, content: Mapping[str, Any]) -> str:
+    """A row a family: what it forgot by what plain fine-tuning forgot as far away."""
+    rows = [["", "ratio at equal KL"]]
+    for name, ratios in off_the_law(config, content).items():
+        title = "early stopping" if name == "fine-tuning" else name
+        rows.append([title, cells(ratios) if np.isfinite(ratios).all() else "–"])
+    return aligned(rows)
+
+
 def so_far(test: np.ndarray, finished: int) -> str:
     """What a bar shows of the losses so far."""
     if not finished:
@@ -260,6 +336,14 @@ def report(study: Study) -> None:
             "is not reached" + ", or one diverged" * gone
         )
         print(equal_table(config, runs))
+    if off_the_law(config, record.content):
+        print(
+            "\nThe same by that of fine-tuning, at its rate or a smaller one, whose KL "
+            "divergence\nfrom the pretrained network on the new text is as large; – "
+            "where none is"
+        )
+        print(law_table(config, record.content))
+        record.save("finetune_law", law_figure(config, record.content))
     for name, layers in record.content.get("held", {}).items():
         print(f"\nWhat {name} holds, after the {titles(config)['new']}")
         print(held_table(layers))
@@ -292,14 +376,38 @@ def figure(config: Config, runs: Mapping[str, Any]) -> Figure:
     """Loss on the old text over that on the new one, a curve a family."""
     names = list(titles(config).values())
     curves = {
-        "early stopping" if name == "fine-tuning" else name: curve(name, family, runs)[
-            ..., 1::-1
-        ]
+        "early stopping" if name == "fine-tuning" else name: curve(name, family, runs)
         for name, family in families(config).items()
     }
+    # Of the means, fine-tuning's and those of the method that keeps the most.
+    every = averaged(config, runs)
+    grown = {k: x[:, 0].mean() for k, x in at_equal_loss(config, runs, (0.75,)).items()}
+    others = [k for k in every if not k.startswith("fine-tuning")]
+    best = sorted(others, key=lambda k: np.nan_to_num(grown[k], nan=np.inf))[:1]
+    for title in [k for k in every if k not in others] + best:
+        (label,) = best_means(runs, every[title], (0.75,))
+        parts = [part("test") for part in _between(runs, label)]
+        curves[title] = np.concatenate(parts, axis=1)
+    curves = {name: losses[..., 1::-1] for name, losses in curves.items()}
     return figures.frontier(
         curves,
         start=np.asarray(runs[PRETRAINING]["test"])[:, -1, 1::-1],
         labels=[f"Loss on the {x}, bits a byte" for x in names[1::-1]],
         suptitle=f"Held-out text, {over_seeds(dict(runs))}",
+    )
+
+
+def law_figure(config: Config, content: Mapping[str, Any]) -> Figure:
+    """What was forgotten over the KL divergence, a point a network."""
+    every = gone(config, content)
+    first = {name: every.pop(name) for name in ("slow", "fine-tuning") if name in every}
+    plain = np.concatenate([first["slow"], first["fine-tuning"][:, -1:]], axis=1)
+    names = list(titles(config).values())
+    return figures.law(
+        {"smaller rates": plain, "early stopping": first["fine-tuning"], **every},
+        labels=[
+            f"KL(network ‖ pretrained) on the {names[1]}, bits a byte",
+            f"Growth of the loss on the {names[0]}, bits a byte",
+        ],
+        suptitle=f"Held-out text, {over_seeds(dict(content['runs']))}",
     )

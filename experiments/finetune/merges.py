@@ -18,7 +18,7 @@ import si_jax
 from experiments.engine import driver
 from experiments.engine.measures import count
 from experiments.engine.run import Label
-from experiments.finetune.config import PRETRAINING, Config
+from experiments.finetune.config import DIVERGENCE, PRETRAINING, Config
 from experiments.finetune.findings import summary
 from experiments.finetune.methods import (
     Family,
@@ -33,12 +33,6 @@ from experiments.finetune.study import Study, measured
 from experiments.training import language
 from experiments.training.loop import Carry
 from si_jax import ewc, sweep
-
-DIVERGENCE = "divergence"
-"""What a record calls KL(network ‖ pretrained) on the new text, in bits a byte.
-
-By method, ``(seeds, stages)``, of the half that is reported.
-"""
 
 
 def measure(study: Study) -> None:
