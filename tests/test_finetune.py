@@ -1,5 +1,6 @@
 """The fine-tuning experiment's texts, methods and tables, on toy texts."""
 
+import dataclasses
 import json
 import shutil
 import sys
@@ -95,6 +96,16 @@ def test_two_methods_from_start_to_finish(files, tmp_path, capsys):
     assert json.loads((tmp_path / "config.json").read_text())["config"]["sha256"] == (
         digests
     )
+    weights, factors = len(small.merge_weights), len(small.merge_factors)
+    assert np.shape(runs["fine-tuning, interpolated"]["test"]) == (2, weights, 3)
+    assert np.shape(runs["fine-tuning, merged"]["choice"]) == (2, factors, 3)
+    assert "si c=10, interpolated" in runs
+    assert "si c=10, merged" not in runs
+    assert {k: np.shape(x) for k, x in record["divergence"].items()} == {
+        k: np.shape(runs[k]["test"])[:2]
+        for k in runs
+        if k != "pretraining" and not k.endswith("third")
+    }
     printed = capsys.readouterr().out
     assert findings.best_table(small, runs) in printed
     assert findings.equal_table(small, runs) in printed
@@ -237,6 +248,102 @@ def test_si_at_a_smaller_learning_rate(monkeypatch):
             moved.append(end.params)
     np.testing.assert_allclose(moved[1], 0.1 * moved[0], atol=1e-6)
     assert np.abs(moved[1]).max() > 5e-5
+
+
+def test_means_are_curves_of_their_own_and_the_best_strength_is_chosen():
+    runs = curves()
+    runs["fine-tuning, interpolated"] = {
+        half: [[(1.5, 2.5)]] * 2 for half in ("test", "choice")
+    }
+    runs["si c=0.1, interpolated"] = {"choice": [[(1.1, 2.5)]] * 2} | {
+        "test": [[(1.2, 2.5)]] * 2
+    }
+    runs["si c=10, interpolated"] = {"choice": [[(1.1, 3.5)]] * 2} | {
+        "test": [[(1.0, 3.5)]] * 2
+    }
+    small = Config(**TOY)
+    found = findings.at_equal_loss(small, runs, (0.5, 0.75, 1.0))
+    # From (1, 4) by (1.5, 2.5) to (3, 2), where fine-tuning ends.
+    title = "fine-tuning, interpolated"
+    np.testing.assert_allclose(found[title], [[1 / 3, 0.5, 2]] * 2)
+    # By the half to choose on c = 0.1 at all three; c = 10 learns half alone.
+    labels = findings.averaged(small, runs)["si, interpolated"]
+    best = findings.best_means(runs, labels, (0.5, 0.75, 1.0))
+    assert [label.strength for label in best] == [0.1, 0.1, 0.1]
+    np.testing.assert_allclose(
+        found["si, interpolated"], [[0.2 * 2 / 3, 0.2, 1.0]] * 2, rtol=1e-6
+    )
+    assert "si, interpolated" in findings.equal_table(small, runs)
+
+
+def test_the_law_is_that_of_smaller_rates():
+    """Plain fine-tuning forgets KL², a penalty a third of it at equal KL."""
+    small = Config(
+        **TOY | {"methods": ("fine-tuning", "slow", "si"), "slow_factors": (0.1, 0.3)}
+    )
+
+    def losses(*kl, share=1.0):
+        return {"test": [[(1.0 + share * x**2, 3.0) for x in kl]] * 2}
+
+    kl = {
+        "fine-tuning": (2.0, 4.0),
+        "slow c=0.1": (0.1,),
+        "slow c=0.3": (1.0,),
+        "si c=0.1": (2.0,),
+        "si c=10": (0.5,),
+        "si c=10, interpolated": (0.01, 0.2),  # the first is out of reach
+    }
+    runs = {"pretraining": {"test": [[(1.0, 4.0)]] * 2}} | {
+        name: losses(*x, share=1 / 3 if name.startswith("si") else 1.0)
+        for name, x in kl.items()
+    }
+    content = {"runs": runs, "divergence": {k: [x, x] for k, x in kl.items()}}
+    found = findings.off_the_law(small, content)
+    assert list(found) == ["fine-tuning", "si", "si, interpolated"]
+    for name, ratio in found.items():
+        expected = 1.0 if name == "fine-tuning" else 1 / 3
+        np.testing.assert_allclose(ratio, [expected] * 2, rtol=1e-9)
+    assert findings.off_the_law(small, {"runs": runs}) == {}
+    assert findings.law_figure(small, content).axes
+
+
+def test_networks_are_measured_as_they_were_evaluated(files, tmp_path):
+    """A mean of weight 1 is the network itself, one of 0 the pretrained one."""
+    whole = {name: path for name, path in files.items() if name != "third"}
+    settings = {"methods": ("fine-tuning",), "third_steps": 0}
+    small = config(whole, tmp_path, **settings)
+    record = run(small)
+    runs, table = record["runs"], lambda p, text: p["table/of"][text.astype(jnp.int32)]
+    net = methods.Network(lookup, table, False)
+    with pytest.MonkeyPatch.context() as patch, jax.numpy_dtype_promotion("standard"):
+        for module in (methods, study, measures, merges):
+            patch.setattr(module, "network", lambda *_: net)
+        contents = texts.load(small)
+        digests = tuple(map(sha256, contents.values()))
+        made = study.make_study(dataclasses.replace(small, sha256=digests), contents)
+        base, end = (
+            made.carry(x, range(2)).params for x in ("pretraining", "fine-tuning")
+        )
+        label = methods.Label("fine-tuning", role="interpolated")
+        for weight, expected in ((0.0, "pretraining"), (1.0, "fine-tuning")):
+            (mean,) = merges.averages(made, label, range(2), base, end, [weight])
+            found = merges.losses(made, range(2), base, False, mean)
+            for half in ("test", "choice"):
+                np.testing.assert_allclose(
+                    found[half], np.array(runs[expected][half])[:, -1], rtol=1e-6
+                )
+        np.testing.assert_allclose(
+            found["divergence"], np.array(record["divergence"]["fine-tuning"])[:, -1]
+        )
+    assert (found["divergence"] > 0).all()
+
+
+@pytest.mark.parametrize("name", ["merge_weights", "merge_factors"])
+def test_weights_of_means_rise(name):
+    for values in ((0.5, 0.5), (0.0, 0.5), (-1.0,), (0.5, 0.1)):
+        with pytest.raises(ValueError, match=f"{name} must rise between 0"):
+            Config(**{name: values})
+    Config(**{name: ()})
 
 
 def test_the_best_is_chosen_on_the_half_that_is_there_for_it():
