@@ -32,17 +32,20 @@ from experiments.split_mnist import NAMES
 from experiments.training.boundaries import (
     consolidate,
     consolidate_fisher,
+    consolidate_kronecker,
     consolidate_second_moment,
+    kronecker_factors,
 )
 from experiments.training.classifier import learner
 from experiments.training.loop import Boundary, Learner, remembering
-from si_jax import ewc, metrics
+from si_jax import ewc, kronecker, metrics
 
 Name = Literal[
     "si",
     "fine-tuning",
     "ewc",
     "squisher",
+    "kronecker",
     "sgd",
     "sgd+dropout",
     "joint",
@@ -59,6 +62,7 @@ PUBLISHED = {
         *(0.7286, 0.6670, 0.6680, 0.5850, 0.5741),
     ],
 }
+IMAGE_SHAPE = (28, 28, 1)
 TRAIN_EVALUATED = 10_000  # of each task's training examples, to evaluate on
 
 
@@ -93,17 +97,20 @@ class Config(command.Options):
     damping: float = 0.1
     """ξ of eq. 5."""
     fisher_examples: int = 1000
-    """Of each task, for EWC's Fisher information."""
+    """Of each task, for the Fisher information of EWC, diagonal or in factors."""
     strengths: tuple[float, ...] = (0.1,)
     """c of eq. 4, a method each."""
     ewc_strengths: tuple[float, ...] = (1e6,)
     """c = λ/2 of EWC and Squisher, EWC with what Adam has kept; a method each."""
+    kronecker_strengths: tuple[float, ...] = (100.0,)
+    """c = λ/2 of EWC with Kronecker factors, a method each."""
     sgd_learning_rate: float = 0.1
     """Of plain SGD."""
     dropout: float = 0.5
     """Of the hidden layers, for SGD with dropout."""
     state_dtype: Literal["bfloat16", "compact"] | None = None
-    """Of SI's Ω and θ̃, compact of ω, too; in EWC bfloat16. None is float32."""
+    """Of SI's Ω and θ̃, compact of ω, too; in EWC bfloat16. None is float32, as
+    Kronecker factors are in any case."""
     held_out: float = 0.0
     """Fraction of the training set to choose c on, in the test set's place; 0: none."""
 
@@ -112,6 +119,7 @@ class Config(command.Options):
         "seeds",
         "strengths",
         "ewc_strengths",
+        "kronecker_strengths",
     )
 
     def __post_init__(self):
@@ -120,7 +128,7 @@ class Config(command.Options):
             positive=("learning_rate", "damping", "sgd_learning_rate"),
             at_least_1=("seeds", "epochs", "batch_size", "tasks", "fisher_examples"),
             shares=("dropout", "held_out"),
-            strengths=("strengths", "ewc_strengths"),
+            strengths=("strengths", "ewc_strengths", "kronecker_strengths"),
             named=("methods",),
         )
         if min(self.hidden, default=0) < 1:
@@ -144,7 +152,7 @@ def make_learner(
         made = learner(
             model,
             tx(strength, damping),
-            (28, 28, 1),
+            IMAGE_SHAPE,
             batch_size=config.batch_size,
             boundary=boundary,
             dropout=dropout > 0,
@@ -182,9 +190,13 @@ def runs(config: Config) -> list[Run]:
         link = ewc.elastic_weight_consolidation(strength, state_dtype=narrow)
         return optax.chain(link, adam)
 
+    def factored(strength, _):
+        shapes = kronecker_factors(model, IMAGE_SHAPE)
+        return optax.chain(kronecker.kronecker_consolidation(strength, shapes), adam)
+
     make = functools.partial(make_learner, config)
     of_si = make(synaptic, boundary=[consolidate], remember=True)  # ω for Fig. 5
-    fisher = consolidate_fisher(MLP(config.hidden, 10), config.fisher_examples)
+    model, count = MLP(config.hidden, 10), config.fisher_examples
     problem = functools.cache(lambda: make_problem(config))
 
     def arm(
@@ -204,12 +216,17 @@ def runs(config: Config) -> list[Run]:
             case "fine-tuning":
                 arms += [arm(of_si)]
             case "ewc":
+                fisher = consolidate_fisher(model, count)
                 of_ewc = make(elastic, boundary=[fisher])
                 arms += [arm(of_ewc, c) for c in config.ewc_strengths]
             case "squisher":
                 free = consolidate_second_moment(config.batch_size)
                 of_free = make(elastic, boundary=[free])
                 arms += [arm(of_free, c) for c in config.ewc_strengths]
+            case "kronecker":
+                factors = consolidate_kronecker(model, count)
+                of_factors = make(factored, boundary=[factors])
+                arms += [arm(of_factors, c) for c in config.kronecker_strengths]
             case "sgd":
                 arms += [arm(make(lambda *_: sgd))]
             case "sgd+dropout":

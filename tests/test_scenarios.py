@@ -32,7 +32,8 @@ def make_config(tmp_path_factory):
 
     def make(out=None, **settings):
         small = {"epochs": 1, "hidden": (8,), "importance_examples": 10, "seeds": 2}
-        few = {f"{x}_strengths": (0.0, 10.0) for x in ("l2", "si", "ewc", "mas")}
+        names = ("l2", "si", "ewc", "kronecker", "mas")
+        few = {f"{x}_strengths": (0.0, 10.0) for x in names}
         return Config(
             data_dir=folder, out=out, held_out=0.2, **(small | few | settings)
         )

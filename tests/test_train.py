@@ -21,7 +21,13 @@ from experiments.engine.command import Options, UserError
 from experiments.engine.record import Record
 from experiments.engine.run import Label, Problem, Run
 from experiments.networks.models import MLP
-from experiments.training.boundaries import consolidate, consolidate_fisher, reset
+from experiments.training.boundaries import (
+    consolidate,
+    consolidate_fisher,
+    consolidate_kronecker,
+    kronecker_factors,
+    reset,
+)
 from experiments.training.classifier import learner
 from experiments.training.loop import (
     Learner,
@@ -32,7 +38,7 @@ from experiments.training.loop import (
     remembering,
     train,
 )
-from si_jax import ewc, metrics, sweep
+from si_jax import ewc, kronecker, metrics, sweep
 
 EPOCHS = 4
 GROUPS = [(0, 1), (2, 3)]
@@ -586,6 +592,40 @@ def test_finish_merges_the_fisher_information_of_the_tasks_examples():
     expected = exact["params"]["Dense_1"]["kernel"]
     assert not kernel[:, :2].any(), "the other task's outputs"
     np.testing.assert_allclose(kernel[:, 2:].sum(), expected[:, 2:].sum(), rtol=0.1)
+
+
+def test_finish_merges_the_kronecker_factors_of_the_tasks_examples():
+    shapes = kronecker_factors(MODEL, (3, 3, 1))
+    tx = optax.chain(kronecker.kronecker_consolidation(1.0, shapes), optax.sgd(0.1))
+    task = jax.tree.map(lambda x: x[1], TRAIN_TASKS)
+    count = int(task.size)
+    twice = consolidate_kronecker(MODEL, 2 * count)  # each of the examples
+    pieces = learner(MODEL, tx, (3, 3, 1), batch_size=16, boundary=[twice, reset(tx)])
+    pieces = compiled(pieces)
+    carry = pieces.init(jax.random.key(0))
+    carry = pieces.finish(carry, on_device(TRAIN), task, jax.random.key(1))
+    images, _ = tasks.look_up(on_device(TRAIN), task.rows[:count])
+    first, second = (carry.params["params"][f"Dense_{i}"] for i in (0, 1))
+    x = images.reshape(count, -1)
+    hidden = jax.nn.relu(x @ first["kernel"] + first["bias"][None])
+    p = np.zeros((count, 4))  # the other task's outputs take no part
+    p[:, 2:] = jax.nn.softmax((hidden @ second["kernel"])[:, 2:])
+    slopes = np.einsum("nj,jk->jk", p, np.eye(4)) - p.T @ p  # over the two labels
+
+    layers = carry.opt_state[0].factors.layers
+    names = [f"['params']['Dense_{i}']['kernel']" for i in (0, 1)]
+    for name, a in zip(names, (x, hidden), strict=True):
+        layer = layers[name]
+        n = a.shape[1]
+        second_moments = a.T @ a / count
+        np.testing.assert_allclose(
+            layer.inputs.reshape(n, n), second_moments, rtol=1e-4, atol=1e-6
+        )
+        (mean,) = layer.bias.values()
+        np.testing.assert_allclose(mean.ravel(), a.mean(0), rtol=1e-4, atol=1e-6)
+    outputs = layers[names[1]].outputs.reshape(4, 4)
+    np.testing.assert_allclose(outputs, slopes / count, atol=0.02)
+    assert not outputs[:2].any(), "the other task's outputs"
 
 
 def test_initial_and_epoch_keys_never_meet():

@@ -35,6 +35,7 @@ METHODS = (  # in the order of their colours
     "l2",
     "from scratch",
     "online ewc",
+    "kronecker",
 )
 
 

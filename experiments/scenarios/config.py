@@ -9,7 +9,15 @@ Scenario = Literal["task", "domain", "class"]
 
 
 Name = Literal[
-    "fine-tuning", "l2", "si", "ewc", "online ewc", "squisher", "mas", "joint"
+    "fine-tuning",
+    "l2",
+    "si",
+    "ewc",
+    "online ewc",
+    "squisher",
+    "kronecker",
+    "mas",
+    "joint",
 ]
 
 
@@ -53,10 +61,12 @@ class Config(split_mnist.Setting):
     """Likewise, c of eq. 4."""
     ewc_strengths: tuple[float, ...] = (1e6, 1e8, 1e10, 1e12)
     """Likewise, c = λ/2, of EWC, online EWC and Squisher."""
+    kronecker_strengths: tuple[float, ...] = (1.0, 100.0, 1e4, 1e6)
+    """Likewise, c = λ/2 of EWC with Kronecker factors."""
     mas_strengths: tuple[float, ...] = (0.1, 10.0, 1e3, 1e5)
     """Likewise, c = λ of MAS."""
     importance_examples: int = 500
-    """Of each task, for EWC's Fisher information and MAS's sensitivity."""
+    """Of each task, for the Fisher information and MAS's sensitivity."""
     held_out: float = 1 / 6
     """The fraction of the training set to choose on."""
 
@@ -66,7 +76,7 @@ class Config(split_mnist.Setting):
         """Refuse values that make no sense."""
         super().__post_init__()
         counts = ("seeds", "grid_seeds", "importance_examples")
-        methods = ("l2", "si", "ewc", "mas")
+        methods = ("l2", "si", "ewc", "kronecker", "mas")
         self.check(
             positive=("damping",),
             at_least_1=counts,

@@ -14,13 +14,17 @@ from experiments.training.boundaries import (
     consolidate,
     consolidate_fisher,
     consolidate_importance,
+    consolidate_kronecker,
     consolidate_second_moment,
     consolidate_sensitivity,
+    kronecker_factors,
     reset,
 )
 from experiments.training.classifier import learner
 from experiments.training.loop import Boundary, Learner
-from si_jax import ewc
+from si_jax import ewc, kronecker
+
+IMAGE_SHAPE = (28, 28, 1)
 
 
 class Arm(NamedTuple):
@@ -44,7 +48,8 @@ def arms(config: Config) -> dict[str, Arm]:
     the last task's end, and Ω, summed over the tasks, their own: 1 of every weight,
     Fisher information, the outputs' sensitivity. They are one program, and fine-tuning
     is theirs with c = 0. EWC pulls to the weights of each task; Squisher is EWC with
-    the Fisher information that Adam has kept, which costs no pass.
+    the Fisher information that Adam has kept, which costs no pass; Kronecker is EWC
+    with that of whole layers, in factors.
     """
     model = MLP(config.hidden, 10, config.zero_init_output)
     adam = optax.adam(config.learning_rate)
@@ -61,7 +66,7 @@ def arms(config: Config) -> dict[str, Arm]:
         return learner(
             model,
             tx,
-            (28, 28, 1),
+            IMAGE_SHAPE,
             batch_size=config.batch_size,
             boundary=[*boundary, *fresh],
         )
@@ -81,6 +86,12 @@ def arms(config: Config) -> dict[str, Arm]:
             return pieces(optax.chain(link, adam), boundary)
 
         return make
+
+    def factored(strength: jax.Array, damping: jax.Array) -> Learner:
+        del damping
+        shapes = kronecker_factors(model, IMAGE_SHAPE)
+        link = kronecker.kronecker_consolidation(strength, shapes)
+        return pieces(optax.chain(link, adam), consolidate_kronecker(model, count))
 
     def summed(
         strength: jax.Array, damping: jax.Array, importance: jax.Array
@@ -103,6 +114,7 @@ def arms(config: Config) -> dict[str, Arm]:
         "squisher": Arm(
             merged(consolidate_second_moment(config.batch_size)), config.ewc_strengths
         ),
+        "kronecker": Arm(factored, config.kronecker_strengths),
         "online ewc": Arm(summed, config.ewc_strengths, online_ewc),
         "mas": Arm(summed, config.mas_strengths, mas),
         "joint": Arm(plain),

@@ -1,6 +1,7 @@
 """Between two tasks: functions ``(carry, examples, task, key) → carry``."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import optax
 import si_jax
 from experiments.data.tasks import Task, look_up, mask_logits, shuffle
 from experiments.training.loop import AnyExamples, Boundary, Carry, Model
-from si_jax import ewc, importance, state
+from si_jax import ewc, importance, kronecker, state
 
 
 def consolidate(
@@ -22,19 +23,24 @@ def consolidate(
 
 
 def consolidate_importance(
-    measure: Callable[[optax.Params, jax.Array, jax.Array, jax.Array], optax.Params],
+    measure: Callable[[optax.Params, jax.Array, jax.Array, jax.Array], Any],
     count: int,
+    merge: Callable[[optax.OptState, optax.Params, Any], optax.OptState] = (
+        ewc.consolidate
+    ),
 ) -> Boundary:
     """Consolidate an importance that is measured at the task's end.
 
     Args:
-      measure: ``(params, images, classes, key) → importance``, a tree like ``params``.
+      measure: ``(params, images, classes, key) → importance``.
       count: how many of the task's examples to give it, at random; if the task has
         fewer, they are taken again.
+      merge: ``(opt_state, params, importance) → opt_state``: what takes it into the
+        optimizer's memory.
 
     Returns:
       A :data:`Boundary` for an optimizer with
-      :func:`si_jax.ewc.elastic_weight_consolidation`.
+      :func:`si_jax.ewc.elastic_weight_consolidation`, or what ``merge`` is for.
     """
 
     def boundary(
@@ -45,7 +51,7 @@ def consolidate_importance(
         images, _ = look_up(examples, order[jnp.arange(count) % task.size])
         params, opt_state, _ = carry
         omega = measure(params, images, task.classes, measure_key)
-        return carry._replace(opt_state=ewc.consolidate(opt_state, params, omega))
+        return carry._replace(opt_state=merge(opt_state, params, omega))
 
     return boundary
 
@@ -54,12 +60,45 @@ def consolidate_fisher(model: Model, count: int) -> Boundary:
     """EWC: :func:`consolidate_importance` with the Fisher information."""
 
     def measure(params, images, classes, key):
-        def logits(params, image):
-            return mask_logits(model.apply(params, image[None]), classes)[0]
-
-        return importance.fisher(logits, params, images, key)
+        return importance.fisher(_logits_of(model, classes), params, images, key)
 
     return consolidate_importance(measure, count)
+
+
+def consolidate_kronecker(model: Model, count: int) -> Boundary:
+    """:func:`consolidate_importance` with the Fisher information's Kronecker factors.
+
+    It is for an optimizer with :func:`si_jax.kronecker.kronecker_consolidation`, made
+    with :func:`kronecker_factors`.
+    """
+
+    def measure(params, images, classes, key):
+        return importance.kronecker(_logits_of(model, classes), params, images, key)
+
+    return consolidate_importance(measure, count, kronecker.consolidate)
+
+
+def kronecker_factors(model: Model, image_shape: tuple[int, ...]) -> kronecker.Factors:
+    """The shapes of a network's factors; computes nothing."""
+    key, images = jax.random.key(0), jnp.zeros((1, *image_shape))
+
+    def measure():
+        params = model.init(key, images)
+        logits = _logits_of(model, jnp.array(True))
+        return importance.kronecker(logits, params, images, key)
+
+    return jax.eval_shape(measure)
+
+
+def _logits_of(
+    model: Model, classes: jax.Array
+) -> Callable[[optax.Params, jax.Array], jax.Array]:
+    """Of one image, of the classes that take part."""
+
+    def logits(params, image):
+        return mask_logits(model.apply(params, image[None]), classes)[0]
+
+    return logits
 
 
 def consolidate_second_moment(
