@@ -109,9 +109,9 @@ def test_medians_compare_within_a_turn():
     assert found["torch adam"]["to_wrapper"] == pytest.approx(0.667)
 
 
-def test_methods_are_timed_where_synaptic_intelligence_pulls():
-    params = {"w": jnp.ones((2, 2))}
-    for name, method in steps.methods().items():
+def test_methods_are_timed_where_synaptic_intelligence_pulls(tiny):
+    params = tiny.model.init(jax.random.key(0), jnp.zeros((1, *tiny.image_shape)))
+    for name, method in steps.methods(tiny).items():
         state = method.start(params)
         if name == "adam":
             with pytest.raises(ValueError, match="no Synaptic Intelligence"):
@@ -152,11 +152,19 @@ def tiny():
 @pytest.mark.parametrize("loop", [True, False])
 def test_a_program_takes_its_steps_and_says_what_it_moves(tiny, loop):
     net = tiny._replace(loop=loop)
-    found = steps.methods()
+    found = steps.methods(net)
     with jax.numpy_dtype_promotion("standard"):
-        programs = {name: steps.training(net, found[name]) for name in ("adam", "link")}
+        programs = {
+            name: steps.training(net, found[name])
+            for name in ("adam", "link", "kronecker")
+        }
     facts = {name: program.facts for name, program in programs.items()}
     assert facts["adam"]["accessed"] < facts["link"]["accessed"]
+    layers = (36, 20), (20, 10)
+    parameters = sum(m * n + n for m, n in layers)
+    factors = sum(m * m + n * n + m + 1 for m, n in layers)  # the last two: bias, T
+    expected = 3 * parameters + factors + 2  # θ̃, Adam's; their scalars
+    assert facts["kronecker"]["state_bytes"] == 4 * expected
     assert programs["adam"].steps == 3
     state = programs["adam"].run()
     assert optax.tree.get(state, "count") == 3
@@ -186,16 +194,17 @@ def test_facts_of_an_update(updates):
 def test_the_command(tmp_path, capsys, monkeypatch, tiny):
     monkeypatch.setitem(steps.NETS, "split MNIST", tiny)
     monkeypatch.setitem(steps.NETS, "permuted MNIST", tiny)
+    monkeypatch.setitem(steps.NETS, "narrow MNIST", tiny)
     monkeypatch.setattr(steps, "torch_training", lambda _: {})
     monkeypatch.setattr(steps, "MATRIX", (32, 64))
     monkeypatch.setattr(steps, "PASS", 4)
     copied = functools.partial(timing.copy_bandwidth, 2**16)
     monkeypatch.setattr(steps, "copy_bandwidth", copied)
     some = {k: steps.methods()[k] for k in ("adam", "wrapper")}
-    monkeypatch.setattr(steps, "methods", lambda: some)
+    monkeypatch.setattr(steps, "methods", lambda _=None: some)
     config = Config(
         out=tmp_path,
-        nets=("split MNIST",),
+        nets=("split MNIST", "narrow MNIST"),
         convolutions=False,
         runs=(2,),
         epochs=1,
@@ -207,9 +216,13 @@ def test_the_command(tmp_path, capsys, monkeypatch, tiny):
     record = json.loads((tmp_path / "results.json").read_text())
     assert list(record["runs"]) == [
         "split MNIST",
+        "narrow MNIST",
         "split MNIST, step by step",
+        "narrow MNIST, step by step",
         "boundary",
         "update",
+        "narrow MNIST, boundary",
+        "narrow MNIST, update",
         "large tree",
         RUNS,
     ]
@@ -223,8 +236,10 @@ def test_the_command(tmp_path, capsys, monkeypatch, tiny):
     assert findings.table(record["summary"]) in printed
     assert table(seconds) in printed
     assert (tmp_path / "benchmark.png").stat().st_size > 10_000
-    boundary = record["summary"].pop("boundary")
-    assert boundary["second moment"]["to_plain"] > 0
+    for of_net in ("boundary", "narrow MNIST, boundary"):
+        boundary = record["summary"].pop(of_net)
+        assert boundary["second moment"]["to_plain"] > 0
+        assert boundary["Kronecker, 4 examples"]["to_plain"] > 0
     for found in record["summary"].values():
         assert list(found) == list(some)
     for x in record["summary"]["large tree"].values():

@@ -37,10 +37,14 @@ def run(config: Config) -> None:
     }
     if config.convolutions:
         todo["convolutions"] = time_convolutions
-    todo["boundary"] = time_boundary
-    todo["update"] = functools.partial(time_update, large=False)
+    wide, narrow = "permuted MNIST", "narrow MNIST"
+    todo["boundary"] = functools.partial(time_boundary, wide)
+    todo["update"] = functools.partial(time_update, wide)
+    if narrow in config.nets:
+        todo[f"{narrow}, boundary"] = functools.partial(time_boundary, narrow)
+        todo[f"{narrow}, update"] = functools.partial(time_update, narrow)
     if config.large:
-        todo[LARGE] = functools.partial(time_update, large=True)
+        todo[LARGE] = functools.partial(time_update, LARGE)
     for name, timing in todo.items():
         if name not in record.runs:
             record.add(name, timing(config), summarize)

@@ -13,14 +13,15 @@ from experiments.engine.timing import medians
 def summarize(measures: Mapping[str, Any]) -> dict[str, Any]:
     """Each method's times and facts, and what follows from them."""
     summary = medians(measures["milliseconds"])
+    known = steps.methods()  # without factors, which have bytes of their own to move
     for name, entry in summary.items():
         entry |= measures["facts"][name]
         if "batch_size" in measures:
             entry["examples_per_s"] = round(
                 measures["batch_size"] / entry["ms"] * 1e3, 1
             )
-        if "copy" in measures:
-            moved = steps.methods()[name].moved * measures["parameters"]
+        if "copy" in measures and name in known:
+            moved = known[name].moved * measures["parameters"]
             entry["of_copy_bandwidth"] = round(
                 moved / (entry["ms"] * 1e-3) / measures["copy"], 3
             )

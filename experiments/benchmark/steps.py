@@ -24,8 +24,9 @@ from experiments.engine.timing import (
     stateful,
 )
 from experiments.networks.models import CNN, MLP
+from experiments.training.boundaries import kronecker_factors
 from experiments.training.loop import sum_over_parts
-from si_jax import ewc, importance
+from si_jax import ewc, importance, kronecker
 
 
 class Net(NamedTuple):
@@ -52,6 +53,7 @@ NETS = {
     "split MNIST": Net(MLP((256, 256), 10), (28, 28, 1), 64, 500),
     "permuted MNIST": Net(MLP((2000, 2000), 10), (28, 28, 1), 256, 10),
     "split CIFAR": Net(CNN(60), (32, 32, 3), 256, 2, micro_batch=32),
+    "narrow MNIST": Net(MLP((100, 100), 10), (28, 28, 1), 256, 100),
 }
 
 
@@ -75,7 +77,7 @@ MATRIX = 1024, 4096
 CALLS = "step by step"
 
 
-PASS = 1000  # examples of a pass for the Fisher information
+PASS = 1000  # examples of a pass for the Fisher information, whole or in factors
 
 
 REGION_ANALYSIS = {"xla_cpu_copy_insertion_use_region_analysis": True}
@@ -86,7 +88,8 @@ class Method(NamedTuple):
 
     Attributes:
       tx: the optimizer.
-      moved: bytes a float32 parameter that its update must read and write.
+      moved: bytes a float32 parameter that its update must read and write, besides
+        Kronecker factors.
       close: ``(state, parameters) → state`` at a task's end.
       options: of XLA, to compile its programs with.
     """
@@ -101,8 +104,11 @@ class Method(NamedTuple):
         return self.close(self.tx.init(params), params)
 
 
-def methods() -> dict[str, Method]:
-    """Adam alone, under either form of Synaptic Intelligence, and behind EWC."""
+def methods(net: Net | None = None) -> dict[str, Method]:
+    """Adam alone, under either form of Synaptic Intelligence, and behind EWC.
+
+    With a network behind Kronecker factors, too, which depend on its layers.
+    """
     adam = optax.adam(1e-3)
 
     def wrapper(moved: int, state_dtype: str | None = None) -> Method:
@@ -116,6 +122,16 @@ def methods() -> dict[str, Method]:
     def with_ones(opt_state: optax.OptState, params: optax.Params) -> optax.OptState:
         return ewc.consolidate(opt_state, params, jax.tree.map(jnp.ones_like, params))
 
+    def factored(net: Net) -> Method:
+        shapes = kronecker_factors(net.model, net.image_shape)
+        ones = jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), shapes)
+        memory = kronecker.kronecker_consolidation(0.1, shapes)
+
+        def close(opt_state: optax.OptState, params: optax.Params) -> optax.OptState:
+            return kronecker.consolidate(opt_state, params, ones)
+
+        return Method(optax.chain(memory, adam), 32, close)
+
     first = si_jax.synaptic_intelligence(0.1, 0.1)
     link = Method(optax.chain(first, adam), 60, si_jax.consolidate)
     by_name = {
@@ -127,6 +143,8 @@ def methods() -> dict[str, Method]:
         "ewc": elastic(36),
         "ewc, bfloat16": elastic(32, "bfloat16"),
     }
+    if net is not None:
+        by_name["kronecker"] = factored(net)
     if jax.default_backend() == "cpu" and compiles_with(REGION_ANALYSIS):
         by_name["link, region analysis"] = link._replace(options=REGION_ANALYSIS)
     return by_name
@@ -252,7 +270,7 @@ def large_tree(size: int) -> optax.Params:
 def time_net(name: str, config: Config) -> dict[str, Any]:
     """A network's training steps."""
     net = NETS[name]
-    programs = {k: training(net, method) for k, method in methods().items()}
+    programs = {k: training(net, method) for k, method in methods(net).items()}
     programs |= torch_training(net)
     measures = measure(programs, config.repetitions)
     return measures | {"batch_size": net.batch_size}
@@ -261,7 +279,7 @@ def time_net(name: str, config: Config) -> dict[str, Any]:
 def time_calls(name: str, config: Config) -> dict[str, Any]:
     """The same steps, each a call that gives its state back."""
     net = NETS[name]._replace(loop=False)
-    programs = {k: training(net, method) for k, method in methods().items()}
+    programs = {k: training(net, method) for k, method in methods(net).items()}
     measures = measure(programs, config.repetitions)
     return measures | {"batch_size": net.batch_size}
 
@@ -277,12 +295,13 @@ def time_convolutions(config: Config) -> dict[str, Any]:
     return measures | {"batch_size": NETS["split CIFAR"].batch_size}
 
 
-def time_boundary(config: Config) -> dict[str, Any]:
-    """EWC's importance at a task's end, on the permuted-MNIST net.
+def time_boundary(name: str, config: Config) -> dict[str, Any]:
+    """EWC's importance at a task's end, of a network.
 
-    In a pass over examples, the Fisher information; and from what Adam has kept.
+    In a pass over examples, the Fisher information, diagonal and in Kronecker factors;
+    and from what Adam has kept.
     """
-    net = NETS["permuted MNIST"]
+    net = NETS[name]
     adam, images = optax.adam(1e-3), jnp.ones((PASS, *net.image_shape))
     params = net.model.init(jax.random.key(0), images[:1])
     _, opt_state = adam.update(params, adam.init(params), params)
@@ -292,6 +311,9 @@ def time_boundary(config: Config) -> dict[str, Any]:
 
     def measured(params, images, key):
         return importance.fisher(logits, params, images, key)
+
+    def factors(params, images, key):
+        return importance.kronecker(logits, params, images, key)
 
     def kept(opt_state):
         return importance.second_moment(opt_state, b2=0.999, batch_size=net.batch_size)
@@ -304,28 +326,29 @@ def time_boundary(config: Config) -> dict[str, Any]:
     programs = {
         f"Fisher, {PASS} examples": program(measured, params, images, key),
         "second moment": program(kept, opt_state),
+        f"Kronecker, {PASS} examples": program(factors, params, images, key),
     }
     return measure(programs, min(config.repetitions, 3))  # one takes seconds
 
 
-def time_update(config: Config, *, large: bool) -> dict[str, Any]:
-    """Updates of the permuted-MNIST net, or of the large tree, and bytes moved."""
-    net = NETS["permuted MNIST"]
+def time_update(name: str, config: Config) -> dict[str, Any]:
+    """Updates of a network, or of the large tree, and bytes moved."""
+    net = NETS.get(name)
     params = (
         large_tree(config.large)
-        if large
+        if net is None
         else net.model.init(jax.random.key(0), jnp.zeros((1, *net.image_shape)))
     )
     makers = {
-        name: functools.partial(updating, params, method)
-        for name, method in methods().items()
+        method: functools.partial(updating, params, of)
+        for method, of in methods(net).items()
     }
     return {
         "parameters": sum(x.size for x in jax.tree.leaves(params)),
         "copy": copy_bandwidth(),
         **(
             one_by_one(makers, config.repetitions)
-            if large
+            if net is None
             else measure({k: make() for k, make in makers.items()}, config.repetitions)
         ),
     }
