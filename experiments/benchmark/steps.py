@@ -123,7 +123,9 @@ def methods(net: Net | None = None) -> dict[str, Method]:
         return ewc.consolidate(opt_state, params, jax.tree.map(jnp.ones_like, params))
 
     def factored(net: Net) -> Method:
-        shapes = kronecker_factors(net.model, net.image_shape)
+        # Of convolutions as such: as products, the kernels are transformed first.
+        model = PLAIN if isinstance(net.model, CNN) else net.model
+        shapes = kronecker_factors(model, net.image_shape)
         ones = jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), shapes)
         memory = kronecker.kronecker_consolidation(0.1, shapes)
 
