@@ -16,6 +16,7 @@ METHODS = {
     "si c=0.1",
     "fine-tuning",
     "ewc c=1e+06",
+    "kronecker c=100",
     "single",
     "joint",
     "sgd",
@@ -56,7 +57,8 @@ def test_every_method_runs_and_more_can_be_added(config, tmp_path, capsys, monke
         first = run(config(tmp_path, methods=("si",)))
     assert drawn == ["MNIST"], "the figure names its data"
     assert set(first["runs"]) == {"si c=0.1"}
-    record = run(config(tmp_path))
+    every = (*permuted_mnist.Config.methods, "kronecker")
+    record = run(config(tmp_path, methods=every))
     assert record["runs"]["si c=0.1"] == first["runs"]["si c=0.1"]
     runs, summary = record["runs"], record["summary"]
     assert set(runs) == METHODS
@@ -103,7 +105,7 @@ def test_shipped_configuration_is_the_default():
 
 @pytest.mark.parametrize(
     "name",
-    ["permuted_mnist_quick", "permuted_mnist_choice", "permuted_mnist_choice_quick"],
+    [path.stem for path in sorted(command.CONFIGS.glob("permuted_mnist_*.toml"))],
 )
 def test_shipped_configurations_parse(name):
     path = str(command.CONFIGS / f"{name}.toml")

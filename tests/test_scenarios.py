@@ -15,6 +15,7 @@ from experiments.engine import command
 from experiments.engine.choice import GRID_SEEDS, choose
 from experiments.engine.command import UserError
 from experiments.engine.programs import Pieces
+from experiments.engine.record import Record
 from experiments.engine.run import Label, Run, with_fields
 from experiments.networks.models import MLP
 from experiments.scenarios import __main__ as scenarios
@@ -23,6 +24,8 @@ from experiments.scenarios.config import SCENARIOS, Config, Name
 from experiments.scenarios.problems import in_scenario, make_problems
 from experiments.training.loop import Carry, Learner
 from si_jax import importance
+
+RESULTS = command.CONFIGS.parent / "experiments/results"
 
 
 @pytest.fixture(scope="module")
@@ -262,6 +265,19 @@ def test_the_figure_has_a_panel_a_scenario():
     assert first.lines[0].get_color() != second.lines[0].get_color()
     texts = [text.get_text() for text in figure.legends[0].get_texts()]
     assert texts == ["si", "joint", "mas"]
+
+
+@pytest.mark.parametrize("name", ["scenarios", "scenarios_quick"])
+def test_methods_can_be_added_to_a_committed_record(name, tmp_path, monkeypatch):
+    """Also those whose strengths it does not know."""
+    monkeypatch.chdir(command.CONFIGS.parent)
+    file = f"configs/{name}.toml"
+    arguments = ["--config", file, "--out", str(tmp_path), "--methods", "kronecker"]
+    committed = json.loads((RESULTS / f"{name}.json").read_text())
+    committed["config"].pop("kronecker_strengths", None)
+    (tmp_path / "results.json").write_text(json.dumps(committed))
+    record = Record("scenarios", command.parse(Config, "scenarios", arguments))
+    assert record.runs.keys() == committed["runs"].keys()
 
 
 @pytest.mark.parametrize("path", sorted(command.CONFIGS.glob("scenarios*.toml")))
