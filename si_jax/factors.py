@@ -5,11 +5,11 @@ Layers are found in the model's jaxpr: a parameter that is used once, in one
 be added to such a product that goes nowhere else, is the bias of that layer. On the way
 there they may be reshaped, transposed, broadcast and converted, and be inside of
 ``jit`` and ``jax.checkpoint``. Everything else gets the diagonal: scales, embeddings,
-what is used twice, grouped convolutions, and what enters a ``scan``, a ``cond`` or a
-function with a derivative of its own. So a model of Linen, NNX, Equinox or plain JAX
-needs no hooks and no names. (kfac-jax registers layers likewise, by matching patterns
-of jaxprs, but comes with its optimizer, losses and dependencies, and its graph matcher
-is private.)
+what is used twice or makes up a kernel, grouped convolutions, and what enters a
+``scan``, a ``cond`` or a function with a derivative of its own. So a model of Linen,
+NNX, Equinox or plain JAX needs no hooks and no names. (kfac-jax registers layers
+likewise, by matching patterns of jaxprs, but comes with its optimizer, losses and
+dependencies, and its graph matcher is private.)
 
 The jaxpr is then run with zeros added to the outputs of the layers: the derivative by
 these zeros is g.
@@ -259,37 +259,43 @@ class _Run:
             sizes = {k: size for k, size in enumerate(leaf.shape) if size != 1}
             axes = tuple((k,) if k in sizes else () for k in range(leaf.ndim))
             views.append(_View(i, axes, sizes, False))
+        of_input = [False] * len(views) + [True] * (len(values) - len(views))
         views += [None] * (len(values) - len(views))
-        outs, marks = self.run(jaxpr, consts, values, views)
+        outs, marks, _ = self.run(jaxpr, consts, values, views, of_input)
         self.consume(marks)
         return outs
 
-    def run(self, jaxpr, consts, values, views):
-        known = dict(zip(jaxpr.invars, zip(values, views, strict=True), strict=True))
+    def run(self, jaxpr, consts, values, views, of_input):
+        """The outputs, what is known of them, and whether they depend on the input."""
+        ins = zip(values, views, of_input, strict=True)
+        known = dict(zip(jaxpr.invars, ins, strict=True))
         known.update(
-            (v, (c, None)) for v, c in zip(jaxpr.constvars, consts, strict=True)
+            (v, (c, None, False)) for v, c in zip(jaxpr.constvars, consts, strict=True)
         )
 
-        def read(v):
-            return (v.val, None) if isinstance(v, core.Literal) else known[v]
+        def read(variables):
+            literal = core.Literal
+            found = [
+                (v.val, None, False) if isinstance(v, literal) else known[v]
+                for v in variables
+            ]
+            return [list(x) for x in zip(*found, strict=True)] or [[], [], []]
 
         for eqn in jaxpr.eqns:
-            ins = [read(v) for v in eqn.invars]
-            values, views = [x for x, _ in ins], [m for _, m in ins]
+            values, views, of_input = read(eqn.invars)
             inner = eqn.params.get("jaxpr")
             if eqn.primitive.name in _CALLS and inner is not None and any(views):
                 body = getattr(inner, "jaxpr", inner)
-                outs, marks = self.run(
-                    body, getattr(inner, "consts", []), values, views
-                )
+                consts = getattr(inner, "consts", [])
+                outs = self.run(body, consts, values, views, of_input)
             else:
                 outs = _evaluate(jaxpr, eqn, values)
-                outs, marks = self.mark(eqn, values, views, outs)
-            known.update(zip(eqn.outvars, zip(outs, marks, strict=True), strict=True))
-        found = [read(v) for v in jaxpr.outvars]
-        return [x for x, _ in found], [m for _, m in found]
+                outs, marks = self.mark(eqn, values, views, of_input, outs)
+                outs = outs, marks, [any(of_input)] * len(outs)
+            known.update(zip(eqn.outvars, zip(*outs, strict=True), strict=True))
+        return read(jaxpr.outvars)
 
-    def mark(self, eqn, values, views, outs):
+    def mark(self, eqn, values, views, of_input, outs):
         """What is known of the outputs of an operation; sites get their taps."""
         nothing = [None] * len(outs)
         if not any(views):
@@ -305,7 +311,7 @@ class _Run:
                 if view is None or view.of_site or not self.is_whole(view, values[k]):
                     continue
                 other = views[1 - k]
-                if other is not None and not other.of_site:  # two parameters
+                if not of_input[1 - k]:  # the kernel is made of this parameter
                     continue
                 found = find(eqn.params, values[1 - k], view, k, outs[0].ndim)
                 if found is not None:

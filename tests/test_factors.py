@@ -318,10 +318,11 @@ straight_through.defvjp(
         (lambda p, x: straight_through(p["w"], x), {"w": normal(1, 3, 3)}),
         (lambda p, x: p["w"] + x, {"w": normal(1, 3)}),
         (lambda p, x: x @ p["w"].reshape(3, 3), {"w": normal(1, 9)}),
+        (lambda p, x: x @ (normal(2, 3, 3) @ p["w"]), {"w": normal(1, 3, 3)}),
     ],
     ids=[
         *("twice", "scan", "scale", "slice", "normed", "elementwise"),
-        *("own_rule", "shift", "cut"),
+        *("own_rule", "shift", "cut", "transformed"),
     ],
 )  # fmt: skip
 def test_what_is_no_layer_gets_the_diagonal(logits, params):
