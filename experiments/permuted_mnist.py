@@ -35,6 +35,7 @@ from experiments.training.boundaries import (
     consolidate_kronecker,
     consolidate_second_moment,
     kronecker_factors,
+    merge,
 )
 from experiments.training.classifier import learner
 from experiments.training.loop import Boundary, Learner, remembering
@@ -44,6 +45,7 @@ Name = Literal[
     "si",
     "fine-tuning",
     "ewc",
+    "ewc merged",
     "squisher",
     "kronecker",
     "sgd",
@@ -101,7 +103,7 @@ class Config(command.Options):
     strengths: tuple[float, ...] = (0.1,)
     """c of eq. 4, a method each."""
     ewc_strengths: tuple[float, ...] = (1e6,)
-    """c = λ/2 of EWC and Squisher, EWC with what Adam has kept; a method each."""
+    """c = λ/2 of EWC, merged or not, and of Squisher, with what Adam has kept."""
     kronecker_strengths: tuple[float, ...] = (100.0,)
     """c = λ/2 of EWC with Kronecker factors, a method each."""
     sgd_learning_rate: float = 0.1
@@ -219,6 +221,11 @@ def runs(config: Config) -> list[Run]:
                 fisher = consolidate_fisher(model, count)
                 of_ewc = make(elastic, boundary=[fisher])
                 arms += [arm(of_ewc, c) for c in config.ewc_strengths]
+            case "ewc merged":
+                # Each task ends half way back to those before it.
+                fisher = consolidate_fisher(model, count)
+                of_merged = make(elastic, boundary=[merge(0.5), fisher])
+                arms += [arm(of_merged, c) for c in config.ewc_strengths]
             case "squisher":
                 free = consolidate_second_moment(config.batch_size)
                 of_free = make(elastic, boundary=[free])

@@ -16,6 +16,7 @@ METHODS = {
     "si c=0.1",
     "fine-tuning",
     "ewc c=1e+06",
+    "ewc merged c=1e+06",
     "kronecker c=100",
     "single",
     "joint",
@@ -57,7 +58,7 @@ def test_every_method_runs_and_more_can_be_added(config, tmp_path, capsys, monke
         first = run(config(tmp_path, methods=("si",)))
     assert drawn == ["MNIST"], "the figure names its data"
     assert set(first["runs"]) == {"si c=0.1"}
-    every = (*permuted_mnist.Config.methods, "kronecker")
+    every = (*permuted_mnist.Config.methods, "ewc merged", "kronecker")
     record = run(config(tmp_path, methods=every))
     assert record["runs"]["si c=0.1"] == first["runs"]["si c=0.1"]
     runs, summary = record["runs"], record["summary"]

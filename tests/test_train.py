@@ -26,10 +26,12 @@ from experiments.training.boundaries import (
     consolidate_fisher,
     consolidate_kronecker,
     kronecker_factors,
+    merge,
     reset,
 )
 from experiments.training.classifier import learner
 from experiments.training.loop import (
+    Carry,
     Learner,
     correlations,
     epoch_key,
@@ -592,6 +594,18 @@ def test_finish_merges_the_fisher_information_of_the_tasks_examples():
     expected = exact["params"]["Dense_1"]["kernel"]
     assert not kernel[:, :2].any(), "the other task's outputs"
     np.testing.assert_allclose(kernel[:, 2:].sum(), expected[:, 2:].sum(), rtol=0.1)
+
+
+def test_the_first_task_ends_as_it_is_and_the_next_half_way():
+    tx = optax.chain(ewc.elastic_weight_consolidation(1.0), optax.sgd(0.1))
+    w = jnp.zeros(2)
+    carry, half = Carry(w, tx.init(w)), merge(0.5)
+    rest = (None, None, jax.random.key(0))
+    carry = half(carry._replace(params=w + 1), *rest)
+    np.testing.assert_array_equal(carry.params, [1, 1])
+    held = ewc.consolidate(carry.opt_state, carry.params, jnp.array([0.0, 2.0]))
+    carry = half(Carry(carry.params + 1, held), *rest)
+    np.testing.assert_array_equal(carry.params, [1.5, 1.5])
 
 
 def test_finish_merges_the_kronecker_factors_of_the_tasks_examples():

@@ -138,6 +138,29 @@ def consolidate_sensitivity(model: Model, count: int) -> Boundary:
     return consolidate_importance(measure, count)
 
 
+def merge(weight: float) -> Boundary:
+    """From the second task on, go back between θ̃ and the parameters.
+
+    Args:
+      weight: of the parameters; of :func:`si_jax.merge`.
+
+    Returns:
+      A :data:`Boundary`, to stand before the one that consolidates.
+    """
+
+    def boundary(
+        carry: Carry, examples: AnyExamples, task: Task, key: jax.Array
+    ) -> Carry:
+        del examples, task, key
+        params, opt_state, _ = carry
+        (memory,) = state.find_memories(opt_state)
+        held = [jnp.any(x > 0) for x in jax.tree.leaves(state.remembered(memory)[0])]
+        share = jnp.where(jnp.stack(held).any(), weight, 1.0)
+        return carry._replace(params=si_jax.merge(opt_state, params, share))
+
+    return boundary
+
+
 def reset(tx: optax.GradientTransformation, *, keep_count: bool = False) -> Boundary:
     """Start every task with a fresh optimizer; what SI and EWC remember is kept.
 
