@@ -96,6 +96,7 @@ TABLES = {
         {s: scenarios.of_scenario(x["runs"], s) for s in SCENARIOS}
     ),
     ("finetune", "equal"): lambda x: finetune.equal_table(x["config"], x["runs"]),
+    ("finetune", "law"): lambda x: finetune.law_table(x["config"], x),
     ("finetune", "best"): lambda x: finetune.best_table(x["config"], x["runs"]),
     ("finetune", "held"): lambda x, name: finetune.held_table(x["held"][name]),
     ("finetune", "cost"): lambda x: finetune.cost_table(x["cost"]),
