@@ -4,7 +4,7 @@ from contextlib import suppress
 
 from jax import export
 
-from si_jax import ewc, importance, kronecker
+from si_jax import ewc, importance, kronecker, lora
 from si_jax.carry import carry_over, reset_optimizer
 from si_jax.diagnosis import Diagnosis, diagnose
 from si_jax.merging import merge
@@ -35,6 +35,7 @@ __all__ = [
     "ewc",
     "importance",
     "kronecker",
+    "lora",
     "merge",
     "persistent",
     "reset_optimizer",
@@ -53,6 +54,8 @@ for _state in (
     kronecker.KroneckerConsolidationState,
     kronecker.Factors,
     kronecker.Layer,
+    lora.ProductConsolidationState,
+    lora.Pair,
     Diagnosis,
 ):
     with suppress(ValueError):  # reloaded, and registered already

@@ -1,14 +1,16 @@
 """The memory of SI and EWC in another state: of a grown network, a fresh optimizer."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from si_jax import checks, kronecker
+from si_jax import checks, kronecker, lora
 from si_jax.ewc import ElasticWeightConsolidationState
 from si_jax.kronecker import KroneckerConsolidationState
+from si_jax.lora import ProductConsolidationState
 from si_jax.pytrees import extend, zeros
 from si_jax.state import Memory, Synaptic, find_memories, map_memories, none_of, require
 from si_jax.transform import (
@@ -21,11 +23,13 @@ _Link = (
     SynapticIntelligenceState
     | ElasticWeightConsolidationState
     | KroneckerConsolidationState
+    | ProductConsolidationState
 )
 _KINDS = (
     (Synaptic, "SI"),
     (ElasticWeightConsolidationState, "EWC"),
     (KroneckerConsolidationState, "Kronecker factors"),
+    (ProductConsolidationState, "products of adapters"),
 )
 _ELSE = "If the parameters grew or the optimizer is another one, use si_jax.carry_over."
 
@@ -99,7 +103,11 @@ def carry_over(opt_state: optax.OptState, *, into: optax.OptState) -> optax.OptS
         if isinstance(state, ElasticWeightConsolidationState):
             return _carry_elastic(next(remaining[type(state)]), state)
         if isinstance(state, KroneckerConsolidationState):
-            return _carry_kronecker(next(remaining[type(state)]), state)
+            before = next(remaining[type(state)])
+            return _carry_named(before, state, "factors", kronecker.plain)
+        if isinstance(state, ProductConsolidationState):
+            before = next(remaining[type(state)])
+            return _carry_named(before, state, "pairs", lora.plain)
         return _carry_synaptic(next(remaining[Synaptic]), state)
 
     copies = jax.tree.map(
@@ -163,11 +171,12 @@ def _carry_elastic(old: Any, new: Any) -> Any:
     )
 
 
-def _carry_kronecker(old: Any, new: Any) -> Any:
-    factors = _free(kronecker.plain(old.factors), kronecker.plain(new.factors))
-    boxes, leaves = jax.tree.structure(new.factors), jax.tree.leaves(factors)
+def _carry_named(old: Any, new: Any, field: str, plain: Callable[[Any], Any]) -> Any:
+    """Of a field that holds arrays by name, in the boxes of ``new``."""
+    kept, slots = (getattr(state, field) for state in (old, new))
+    leaves = jax.tree.leaves(_free(plain(kept), plain(slots)))
     return new._replace(
-        factors=jax.tree.unflatten(boxes, leaves),
+        **{field: jax.tree.unflatten(jax.tree.structure(slots), leaves)},
         reference=extend(old.reference, new.reference),
     )
 

@@ -1,4 +1,4 @@
-"""What one does with the memory in an optimizer's state: SI's, EWC's or Kronecker's."""
+"""What one does with the memory in an optimizer's state, whichever it is."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,14 +6,16 @@ from typing import Any
 import jax
 import optax
 
-from si_jax import checks, kronecker, narrow, surrogate, transform
+from si_jax import checks, narrow, surrogate, transform
 from si_jax.ewc import ElasticWeightConsolidationState
 from si_jax.kronecker import KroneckerConsolidationState
+from si_jax.lora import ProductConsolidationState
 from si_jax.pytrees import map_states, states, wide
 from si_jax.transform import SynapticIntelligenceState, WithSynapticIntelligenceState
 
 Synaptic = SynapticIntelligenceState | WithSynapticIntelligenceState
-Memory = Synaptic | ElasticWeightConsolidationState | KroneckerConsolidationState
+Shared = KroneckerConsolidationState | ProductConsolidationState
+Memory = Synaptic | ElasticWeightConsolidationState | Shared
 
 
 def add_importance(
@@ -74,13 +76,13 @@ def add_importance(
 
 
 def surrogate_loss(opt_state: optax.OptState, params: optax.Params) -> jax.Array:
-    """The penalty of eq. 4: c Σ Ω (θ̃ − θ)², and that of Kronecker factors, for logging.
+    """The penalty of eq. 4, c Σ Ω (θ̃ − θ)², or of another memory, for logging.
 
     Its gradient is already in the updates; do not add it to the loss.
 
     Args:
-      opt_state: the state of an optimizer that contains Synaptic Intelligence, EWC or
-        Kronecker factors, or several of them.
+      opt_state: the state of an optimizer that contains Synaptic Intelligence, EWC,
+        Kronecker factors or products of adapters, or several of them.
       params: the current parameters.
 
     Returns:
@@ -99,14 +101,8 @@ def surrogate_loss(opt_state: optax.OptState, params: optax.Params) -> jax.Array
       >>> print(si_jax.surrogate_loss(opt_state, jnp.array([3.0])))  # 0.1 × 1 × 2²
       0.4
     """
-
-    def memory(state: Any) -> Any:
-        c = checks.scalar(state.strength)
-        if isinstance(state, KroneckerConsolidationState):
-            return kronecker.Memory(state.factors, state.reference, c)
-        return surrogate.Memory(*remembered(state), c)
-
-    return surrogate.Penalty(*map(memory, require(opt_state)))(params)
+    memories = map(transform.penalty_of, require(opt_state))
+    return surrogate.Penalty(*memories)(params)
 
 
 # --- Finding them ---------------------------------------------------------------------
@@ -125,12 +121,16 @@ def find_memories(opt_state: optax.OptState) -> list[Any]:
 def require_once(opt_state: optax.OptState) -> list[Any]:
     """The memories with an importance of every parameter, which one of them holds."""
     memories = require(opt_state)
-    if any(isinstance(state, KroneckerConsolidationState) for state in memories):
-        raise ValueError(
-            "opt_state remembers with Kronecker factors, in which a parameter has "
-            "no importance of its own: si_jax.kronecker.consolidate merges more "
-            "of them, and si_jax.surrogate_loss is their penalty."
-        )
+    for state in memories:
+        if isinstance(state, Shared):
+            what, module = "products of adapters", "lora"
+            if isinstance(state, KroneckerConsolidationState):
+                what, module = "Kronecker factors", "kronecker"
+            raise ValueError(
+                f"opt_state remembers with {what}, in which a parameter has no "
+                f"importance of its own: si_jax.{module}.consolidate merges more of "
+                "them, and si_jax.surrogate_loss is their penalty."
+            )
     refuse_twice(memories)
     return memories
 
@@ -189,9 +189,9 @@ def none_of(opt_state: optax.OptState, name: str) -> ValueError:
     """What to say where there is no memory."""
     return checks.missing(
         opt_state,
-        "Synaptic Intelligence and no EWC, nor Kronecker factors",
+        "Synaptic Intelligence, no EWC, Kronecker factors nor products of adapters",
         "si_jax.synaptic_intelligence, si_jax.with_synaptic_intelligence, "
-        "si_jax.ewc.elastic_weight_consolidation or "
-        "si_jax.kronecker.kronecker_consolidation",
+        "si_jax.ewc.elastic_weight_consolidation, "
+        "si_jax.kronecker.kronecker_consolidation or si_jax.lora.product_consolidation",
         name,
     )

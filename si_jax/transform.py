@@ -26,7 +26,7 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
-from si_jax import kronecker, narrow
+from si_jax import kronecker, lora, narrow
 from si_jax.checks import (
     aligned,
     check_real,
@@ -42,6 +42,7 @@ from si_jax.checks import (
 )
 from si_jax.ewc import ElasticWeightConsolidationState
 from si_jax.kronecker import KroneckerConsolidationState
+from si_jax.lora import ProductConsolidationState
 from si_jax.pytrees import map_states, states, stored, wide, zeros
 from si_jax.surrogate import Memory, Penalty, pull_back, refuse_functions
 
@@ -520,16 +521,23 @@ def _copy(tree: Any, like: Any) -> Any:
 
 
 def _penalties(state: WithSynapticIntelligenceState) -> list[Any]:
-    """Those of EWC and of Kronecker factors in the wrapped optimizer."""
-    return [
-        kronecker.Memory(x.factors, x.reference, scalar(x.strength))
-        if isinstance(x, KroneckerConsolidationState)
-        else Memory(x.importance, x.reference, scalar(x.strength))
-        for x in states(
-            state.inner_state,
-            ElasticWeightConsolidationState | KroneckerConsolidationState,
-        )
-    ]
+    """Those of the other memories in the wrapped optimizer."""
+    links = (
+        ElasticWeightConsolidationState
+        | KroneckerConsolidationState
+        | ProductConsolidationState
+    )
+    return [penalty_of(x) for x in states(state.inner_state, links)]
+
+
+def penalty_of(state: Any) -> Any:
+    """What a memory's state adds to the loss, a function of the parameters."""
+    c = scalar(state.strength)
+    if isinstance(state, KroneckerConsolidationState):
+        return kronecker.Memory(state.factors, state.reference, c)
+    if isinstance(state, ProductConsolidationState):
+        return lora.Memory(state.pairs, state.reference, c)
+    return Memory(*remembered(getattr(state, "synapses", state)), c)
 
 
 def _init_synapses(params: optax.Params, state_dtype: DTypeLike | None) -> Synapses:

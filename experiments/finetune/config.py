@@ -23,6 +23,7 @@ Name = Literal[
     "slow si fisher",
     "lora",
     "lora si",
+    "lora si product",
     "mixed",
 ]
 
@@ -99,6 +100,8 @@ class Config(command.Options):
     """Of the learning rate, for SI with a smaller one."""
     lora_rank: int = 8
     """Of the adapters."""
+    lora_factor: float = 1.0
+    """Of the learning rate, for the adapters."""
     merge_weights: tuple[float, ...] = (0.1, 0.3, 0.5, 0.7, 0.9)
     """Of a fine-tuned network, in its mean with the pretrained one; none: no means."""
     merge_factors: tuple[float, ...] = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
@@ -124,7 +127,7 @@ class Config(command.Options):
     def __post_init__(self):
         """Refuse values that make no sense."""
         self.check(
-            positive=("learning_rate", "damping", "slow_si_factor"),
+            positive=("learning_rate", "damping", "slow_si_factor", "lora_factor"),
             at_least_1=(
                 *("seeds", "text_bytes", "width", "layers", "heads", "length"),
                 *("batch_size", "pretraining_steps", "steps", "stops", "epochs"),

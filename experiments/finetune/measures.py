@@ -118,6 +118,7 @@ def cost(config: Config, problem: Problem) -> dict[str, dict[str, float]]:
         f"si, batch in {split} parts": (parts, "si", False),
         "lora": (config, None, True),
         "lora si": (config, "si", True),
+        "lora si product": (config, "si product", True),
     }
     base = jax.jit(network(config).init)(jax.random.key(0))
     parameters = sum(x.size for x in jax.tree.leaves(base))

@@ -16,9 +16,9 @@ from experiments.networks.transformer import Transformer, functional
 from experiments.training import language
 from experiments.training.boundaries import consolidate
 from experiments.training.loop import Boundary, Carry, Learner
-from si_jax import ewc, importance
+from si_jax import ewc, importance, lora, pytrees
 
-Memory = Literal["si", "ewc"] | None
+Memory = Literal["si", "ewc", "si product"] | None
 
 
 class Network(NamedTuple):
@@ -82,6 +82,13 @@ def ones(logits: Any, params: Any, windows: Any, key: jax.Array) -> Any:
     return jax.tree.map(jnp.ones_like, params)
 
 
+def kernels(base: Any, opt_state: optax.OptState) -> dict[str, jax.Array]:
+    """Of a tree like the network without adapters the leaves beside them, by name."""
+    (state,) = pytrees.states(opt_state, lora.ProductConsolidationState)
+    leaves = dict(zip(pytrees.names(base), jax.tree.leaves(base), strict=True))
+    return {name: leaves[name.removesuffix("lora") + "kernel"] for name in state.pairs}
+
+
 def half_kept(config: Config, opt_state: optax.OptState) -> optax.Params:
     """Half the Fisher information, as :func:`half_fisher`, from what Adam has kept.
 
@@ -97,7 +104,8 @@ class Family(NamedTuple):
     """Methods that differ in strength alone.
 
     Attributes:
-      memory: SI's, or EWC's, whatever the importance; or none.
+      memory: SI's, or EWC's, whatever the importance; or none. "si product" is SI's,
+        with what is put in held in the adapters' products.
       importance: what is measured and put in for a text that was learned. Without, SI
         has its own, from the pretraining, and EWC what Adam has kept.
       strengths: c, a method each, or without memory a factor of the learning rate; of
@@ -118,6 +126,7 @@ class Family(NamedTuple):
 def families(config: Config) -> dict[str, Family]:
     """What the configuration compares."""
     fisher, slow = config.fisher_strengths, config.slow_si_factor
+    fast = config.lora_factor
     every = {
         "fine-tuning": Family(),
         "slow": Family(strengths=config.slow_factors),
@@ -129,8 +138,9 @@ def families(config: Config) -> dict[str, Family]:
         "si fisher": Family("si", half_fisher, fisher),
         "slow si": Family("si", None, config.si_strengths, slow),
         "slow si fisher": Family("si", half_fisher, fisher, slow),
-        "lora": Family(lora=True),
-        "lora si": Family("si", half_fisher, fisher, lora=True),
+        "lora": Family(rate=fast, lora=True),
+        "lora si": Family("si", half_fisher, fisher, fast, lora=True),
+        "lora si product": Family("si product", half_fisher, fisher, fast, lora=True),
         "mixed": Family(mixed=True),
     }
     return {name: every[name] for name in config.methods}
@@ -148,7 +158,9 @@ def optimizer(
     if not memory:
         return optax.adam(rate * strength)
     adam = optax.adam(rate)
-    if memory == "si":
+    if memory == "si product":
+        adam = optax.chain(lora.product_consolidation(strength), adam)
+    if memory != "ewc":
         return si_jax.with_synaptic_intelligence(
             adam, strength, damping, state_dtype=config.state_dtype
         )

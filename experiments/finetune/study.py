@@ -22,6 +22,7 @@ from experiments.finetune.methods import (
     arms,
     families,
     half_kept,
+    kernels,
     network,
     optimizer,
     third,
@@ -29,7 +30,7 @@ from experiments.finetune.methods import (
 from experiments.finetune.texts import make_problem, stops, with_stages
 from experiments.training import language
 from experiments.training.loop import Carry
-from si_jax import ewc, sweep
+from si_jax import ewc, lora, sweep
 
 
 class Study(NamedTuple):
@@ -147,8 +148,11 @@ def make_study(config: Config, contents: Mapping[str, bytes]) -> Study:
                 np.asarray(seeds, np.uint32)
             )
         if family.importance is not None:
-            networks, windows = (params, base), study.windows(0)
-            how = family.importance, family.lora
+            # With B = 0 the product's importance is that of the network without it.
+            product = family.memory == "si product"
+            networks = (base, None) if product else (params, base)
+            how = family.importance, family.lora and not product
+            windows = study.windows(0)
             omega = measured(config, *how, networks, windows, seeds)
         elif family.memory == "ewc":
             omega = kept(pretrained.opt_state)
@@ -161,7 +165,10 @@ def make_study(config: Config, contents: Mapping[str, bytes]) -> Study:
             opt_state = optimizer(config, family.memory, 0.0, config.damping).init(
                 params
             )
-            if omega is not None:
+            if family.memory == "si product":
+                omega = kernels(omega, opt_state)
+                opt_state = lora.consolidate(opt_state, params, omega)
+            elif omega is not None:
                 opt_state = si_jax.add_importance(opt_state, omega)
             return Carry(params, opt_state)
 
@@ -204,7 +211,7 @@ def then_third(study: Study, chosen: Mapping[str, Label]) -> None:
                 how = family.importance, family.lora
                 omega = measured(config, *how, networks, windows, seeds)
             opt_state = jax.jit(jax.vmap(ewc.consolidate))(opt_state, params, omega)
-        elif family.memory == "si":
+        elif family.memory:
             opt_state = jax.jit(jax.vmap(si_jax.consolidate))(opt_state, params)
         start = jax.device_get(carry._replace(opt_state=opt_state))
         return {**before, "start": start}
