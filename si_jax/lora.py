@@ -144,8 +144,8 @@ def product_consolidation(
         surrogate.refuse_functions(extra_args)
         grads, params = checks.inputs(updates, params, state.reference)
         c = jnp.array(strength, jnp.result_type(checks.scalar(state.strength)))
-        memory = Memory(state.pairs, state.reference, c)
-        pull = jax.grad(memory)(jax.tree.map(wide, params))
+        penalty = surrogate.Penalty(Memory(state.pairs, state.reference, c))
+        pull = jax.grad(penalty)(jax.tree.map(wide, params))
         return (
             jax.tree.map(surrogate.plus, grads, pull),
             ProductConsolidationState(state.pairs, state.reference, c),

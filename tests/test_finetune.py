@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import si_jax
 from experiments.data.texts import sha256, shipped
 from experiments.engine import command
 from experiments.engine.command import UserError
@@ -18,6 +19,7 @@ from experiments.finetune import findings, measures, merges, methods, study, tex
 from experiments.finetune.config import Config
 from experiments.finetune.methods import Family
 from experiments.training.loop import Carry
+from si_jax import lora
 
 TOY = {
     "seeds": 2,
@@ -387,6 +389,45 @@ def test_a_network_with_adapters_begins_as_the_one_without():
     adapters, *logits = both(jax.random.split(jax.random.key(0)))
     np.testing.assert_array_equal(*logits)
     assert sum(x.size for x in jax.tree.leaves(adapters)) == 2 * 8 * (4 + 2 + 5 + 5)
+
+
+def test_adapters_products_are_held_by_what_the_kernels_beside_them_need():
+    small = Config(**TOY)
+
+    @jax.jit
+    def found(key):
+        base = methods.network(small).init(key)
+        adapters = methods.network(small, small.lora_rank).init(key)
+        leaves, treedef = jax.tree.flatten(base)
+        needed = [jnp.full_like(x, i) for i, x in enumerate(leaves)]
+        needed = jax.tree.unflatten(treedef, needed)
+        state = methods.optimizer(small, "si product", 2.0, 0.1).init(adapters)
+        held = methods.kernels(needed, state)
+        away = jax.tree.map(lambda x: x + 0.1, adapters)
+        state = lora.consolidate(state, adapters, held)
+        return si_jax.surrogate_loss(state, away), away, needed
+
+    penalty, away, needed = found(jax.random.key(0))
+    expected = 0.0
+    for name in ("attend", "gather", "widen", "narrow"):
+        pair, beside = (tree["blocks"][0][name] for tree in (away, needed))
+        product = pair["lora"]["lora_a"][...] @ pair["lora"]["lora_b"][...]
+        expected += 2.0 * jnp.sum(beside["kernel"][...] * product**2)
+    np.testing.assert_allclose(penalty, expected, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_adapters_held_by_their_product_from_start_to_finish(files, tmp_path):
+    arms = {"methods": ("lora si product",), "fisher_strengths": (0.0, 1e6)}
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        finetune.run(config(files, tmp_path, seeds=1, **arms))
+    runs = json.loads((tmp_path / "results.json").read_text())["runs"]
+    before = np.array(runs["pretraining"]["test"])[:, -1]
+    free, held = (runs[f"lora si product c={c}"] for c in ("0", "1e+06"))
+    np.testing.assert_allclose(held["initial"], before, rtol=1e-5)
+    moved = [np.abs(np.array(x["test"])[:, -1] - before).max() for x in (free, held)]
+    assert moved[1] < 0.2 * moved[0]
+    assert sum(name.endswith("then third") for name in runs) == 1
 
 
 def test_every_family_has_its_arms():
