@@ -20,6 +20,8 @@ SHAPES = {
 }
 NAMES = {"deep/up": (5, 3), "stack": (4, 3, 6)}
 LINK = lora.product_consolidation(2.0, "A", "B")
+update, merged = jax.jit(LINK.update), jax.jit(lora.consolidate)
+penalty_of = jax.jit(si_jax.surrogate_loss)
 
 
 def normal(seed, shapes=SHAPES, dtype="f4"):
@@ -72,18 +74,18 @@ def test_it_is_ewc_of_the_product_whose_importance_has_these_sums(tasks):
     total = {name: np.zeros(shape) for name, shape in NAMES.items()}
     for task in range(tasks):
         theta = normal(10 + task)
-        state = lora.consolidate(state, theta, needed(task))
+        state = merged(state, theta, needed(task))
         total = jax.tree.map(np.add, total, needed(task))
     in_full = ewc.elastic_weight_consolidation(2.0).init(products(theta))
     in_full = si_jax.add_importance(in_full, jax.tree.map(thin, total))
 
     def penalty(params):
-        return si_jax.surrogate_loss(in_full, products(params))
+        return penalty_of(in_full, products(params))
 
     away, grads = normal(2), normal(3)
-    close(si_jax.surrogate_loss(state, away), penalty(away), rtol=1e-5)
+    close(penalty_of(state, away), penalty(away), rtol=1e-5)
     pulled = jax.tree.map(jnp.add, grads, jax.grad(penalty)(away))
-    close(jax.jit(LINK.update)(grads, state, away)[0], pulled, rtol=1e-4, atol=1e-3)
+    close(update(grads, state, away)[0], pulled, rtol=1e-4, atol=1e-3)
     assert penalty(away) > 10
 
 
@@ -94,7 +96,7 @@ def test_an_importance_of_rank_one_is_kept_whole():
 
 def test_factors_that_make_the_same_product_are_free():
     theta = normal(1)
-    state = lora.consolidate(LINK.init(theta), theta, needed(0))
+    state = merged(LINK.init(theta), theta, needed(0))
     turn = jnp.array([[1.0, 2.0], [-1.0, 3.0]])
     up = theta["deep"]["up"]
     same = {
@@ -102,14 +104,14 @@ def test_factors_that_make_the_same_product_are_free():
         "stack": {"A": -theta["stack"]["A"], "B": -theta["stack"]["B"]},
         "head": theta["head"] + 5,  # is in no adapter
     }
-    close(si_jax.surrogate_loss(state, same), 0.0, atol=1e-4)
-    close(LINK.update(zero(), state, same)[0], zero(), atol=1e-4)
+    close(penalty_of(state, same), 0.0, atol=1e-4)
+    close(update(zero(), state, same)[0], zero(), atol=1e-4)
 
 
 def test_a_small_move_of_large_adapters_has_its_penalty():
     """A difference of the two products' own sums would be noise here."""
     theta = jax.tree.map(lambda x: 100 * x, normal(1))
-    state = lora.consolidate(LINK.init(theta), theta, needed(0))
+    state = merged(LINK.init(theta), theta, needed(0))
     away = jax.tree.map(lambda x, y: x + 1e-3 * y, theta, normal(2))
     moved = jax.tree.map(
         lambda x, y: x - y,
@@ -117,7 +119,7 @@ def test_a_small_move_of_large_adapters_has_its_penalty():
     )
     terms = [thin(f) * np.square(moved[name]) for name, f in needed(0).items()]
     expected = 2.0 * sum(x.sum() for x in terms)
-    np.testing.assert_allclose(si_jax.surrogate_loss(state, away), expected, rtol=1e-3)
+    np.testing.assert_allclose(penalty_of(state, away), expected, rtol=1e-3)
 
 
 def test_at_the_first_b_the_factors_importance_holds_no_a_but_the_products_does():
@@ -140,10 +142,10 @@ def test_at_the_first_b_the_factors_importance_holds_no_a_but_the_products_does(
     assert not apart["A"].any()
     whole = information(lambda w: w, base)
     state = LINK.init(first)
-    state = lora.consolidate(state, first, {"": whole})
+    state = merged(state, first, {"": whole})
     moved = {"A": first["A"], "B": jnp.ones((2, 3))}
     (zeros,) = [jax.tree.map(jnp.zeros_like, first)]
-    pull = LINK.update(zeros, state, moved)[0]
+    pull = update(zeros, state, moved)[0]
     assert (pull["A"] > 0).all()
 
 
@@ -152,17 +154,17 @@ def test_off_and_before_the_first_task_it_is_the_plain_optimizer():
         link = lora.product_consolidation(strength, "A", "B")
         state = link.init(normal(0))
         for _ in range(tasks):
-            state = lora.consolidate(state, normal(0), needed(0))
+            state = merged(state, normal(0), needed(0))
         grads = normal(1)
-        close(link.update(grads, state, normal(2))[0], grads, rtol=0, atol=0)
+        close(jax.jit(link.update)(grads, state, normal(2))[0], grads, rtol=0, atol=0)
 
 
 def test_it_is_as_thin_as_the_adapters():
     params = {"A": jnp.zeros((1000, 2)), "B": jnp.zeros((2, 500))}
     state = LINK.init(params)
     assert sum(x.size for x in jax.tree.leaves(state)) == 2 * 1500 + 1500 + 1
-    update = jax.jit(LINK.update).lower(params, state, params).compile()
-    if memory := update.memory_analysis():
+    compiled = update.lower(params, state, params).compile()
+    if memory := compiled.memory_analysis():
         assert memory.temp_size_in_bytes < 4 * 1000 * 500 / 4
 
 
@@ -196,12 +198,12 @@ def test_wherever_it_sits_it_is_found_and_kept(name):
         state = tx.init(params)
         _, state = jax.jit(tx.update)(normal(2), state, params)
         before = jax.tree.map(jnp.shape, state)
-        after = jax.jit(lora.consolidate)(state, params, needed(0))
+        after = merged(state, params, needed(0))
         assert jax.tree.map(jnp.shape, after) == before
-        close(si_jax.surrogate_loss(after, away), expected)
+        close(penalty_of(after, away), expected)
         fresh = si_jax.reset_optimizer(tx, after, params)
         assert jax.tree.structure(fresh) == jax.tree.structure(after)
-        close(si_jax.surrogate_loss(fresh, away), expected)
+        close(penalty_of(fresh, away), expected)
 
 
 def test_inside_the_wrapper_a_line_search_goes_as_on_the_whole_loss():
@@ -232,7 +234,7 @@ def test_inside_the_wrapper_a_line_search_goes_as_on_the_whole_loss():
         return params
 
     with jax.numpy_dtype_promotion("standard"):
-        held = lora.consolidate(tx.init(start), start, needed(0))
+        held = merged(tx.init(start), start, needed(0))
         reached = end(tx, held, loss)
         close(reached, end(plain, plain.init(start), whole), rtol=1e-3, atol=1e-3)
         assert whole(reached) < whole(start) - 10
@@ -241,10 +243,10 @@ def test_inside_the_wrapper_a_line_search_goes_as_on_the_whole_loss():
 def test_strengths_are_swept_by_vmap():
     def pulled(strength):
         link = lora.product_consolidation(strength, "A", "B")
-        state = lora.consolidate(link.init(normal(0)), normal(0), needed(0))
+        state = merged(link.init(normal(0)), normal(0), needed(0))
         return link.update(zero(), state, normal(1))[0]
 
-    both = jax.vmap(pulled)(jnp.array([1.0, 2.0]))
+    both = jax.jit(jax.vmap(pulled))(jnp.array([1.0, 2.0]))
     close(jax.tree.map(lambda x: 2 * x[0], both), jax.tree.map(lambda x: x[1], both))
 
 
@@ -256,7 +258,7 @@ def test_dtypes_are_stable(dtype):
         def step(carry, _):
             params, state = carry
             updates, state = LINK.update(params, state, params)
-            state = lora.consolidate(state, params, needed(0))
+            state = merged(state, params, needed(0))
             return (optax.apply_updates(params, updates), state), updates
 
         before = jax.eval_shape(LINK.init, params)
@@ -272,7 +274,7 @@ def test_dtypes_are_stable(dtype):
 
 def test_nothing_is_shared_so_that_all_can_be_donated():
     params, f = normal(0), jax.tree.map(jnp.asarray, needed(0))
-    state = lora.consolidate(LINK.init(params), params, f)
+    state = merged(LINK.init(params), params, f)
     pointers = [x.unsafe_buffer_pointer() for x in jax.tree.leaves((state, params, f))]
     assert len(set(pointers)) == len(pointers)
 
@@ -288,15 +290,15 @@ def test_in_an_nnx_optimizer_it_is_consolidated_in_place():
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.LoRAParam)
     params = nnx.state(model, nnx.LoRAParam)
     f = {"body/lora": needed(0)["deep/up"][:4]}
-    state = lora.consolidate(optimizer.opt_state, params, f)
+    state = merged(optimizer.opt_state, params, f)
     nnx.update(optimizer.opt_state, nnx.state(state))
     away = jax.tree.map(lambda p: jnp.arange(p.size * 1.0).reshape(p.shape), params)
-    plain = lora.consolidate(link.init(params), params, f)
-    expected = si_jax.surrogate_loss(plain, away)
+    plain = merged(link.init(params), params, f)
+    expected = penalty_of(plain, away)
     assert expected > 0.1
-    close(si_jax.surrogate_loss(optimizer.opt_state, away), expected)
+    close(penalty_of(optimizer.opt_state, away), expected)
     fresh = si_jax.reset_optimizer(optimizer.tx, optimizer.opt_state, params)
-    close(si_jax.surrogate_loss(fresh, away), expected)
+    close(penalty_of(fresh, away), expected)
     still = jax.tree.map(jnp.zeros_like, params)
     pulled = jax.tree.map(lambda x: -0.1 * x, link.update(still, plain, away)[0])
     nnx.update(model, away)
@@ -306,7 +308,7 @@ def test_in_an_nnx_optimizer_it_is_consolidated_in_place():
 
 def test_checkpointed_by_orbax(tmp_path):
     ocp = pytest.importorskip("orbax.checkpoint")
-    state = lora.consolidate(LINK.init(normal(0)), normal(0), needed(0))
+    state = merged(LINK.init(normal(0)), normal(0), needed(0))
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(tmp_path / "state", state)
         checkpointer.wait_until_finished()
@@ -317,17 +319,17 @@ def test_checkpointed_by_orbax(tmp_path):
 
 def test_exported():
     pytest.importorskip("flatbuffers")
-    state = lora.consolidate(LINK.init(normal(0)), normal(0), needed(0))
-    exported = jax.export.export(jax.jit(LINK.update))(normal(1), state, normal(2))
+    state = merged(LINK.init(normal(0)), normal(0), needed(0))
+    exported = jax.export.export(update)(normal(1), state, normal(2))
     again = jax.export.deserialize(exported.serialize())
     close(
         again.call(normal(1), state, normal(2)),
-        LINK.update(normal(1), state, normal(2)),
+        update(normal(1), state, normal(2)),
     )
 
 
 def test_more_rank_and_new_adapters_are_carried_over_and_the_old_product_is_held():
-    state = lora.consolidate(LINK.init(normal(0)), normal(0), needed(0))
+    state = merged(LINK.init(normal(0)), normal(0), needed(0))
     grown = normal(5, {**SHAPES, "new": {"A": (2, 1), "B": (1, 2)}})
     a, b = (np.zeros(shape, "f4") for shape in ((5, 4), (4, 3)))
     a[:, 2:] = 7.0  # with rows of B at zero
@@ -337,7 +339,7 @@ def test_more_rank_and_new_adapters_are_carried_over_and_the_old_product_is_held
     old = {name: moved[name] for name in SHAPES}
     a[:, :2], b[:2] = moved["deep"]["up"]["A"], moved["deep"]["up"]["B"]
     moved["deep"] = {"up": {"A": jnp.asarray(a), "B": jnp.asarray(b)}}
-    close(si_jax.surrogate_loss(carried, moved), si_jax.surrogate_loss(state, old))
+    close(penalty_of(carried, moved), penalty_of(state, old))
 
 
 # --- Refused --------------------------------------------------------------------------
