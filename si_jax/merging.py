@@ -8,9 +8,8 @@ import optax
 from jax.typing import ArrayLike
 
 from si_jax import checks
-from si_jax.kronecker import KroneckerConsolidationState
 from si_jax.pytrees import wide
-from si_jax.state import reference, refuse_twice, remembered, require
+from si_jax.state import Shared, reference, refuse_twice, remembered, require
 
 
 def merge(
@@ -34,7 +33,9 @@ def merge(
 
     It takes no training: choose ``weight`` on held-out data of both tasks. It serves
     networks that are fine-tuned from good parameters, whose loss is about convex in
-    between; between tasks that have little in common it destroys both.
+    between; between tasks that have little in common it destroys both. Adapters (LoRA)
+    are no weights, and the mean of two is not that of their products: with B = 0 at the
+    start, multiply A B by w.
 
     Pure, of the optimizer's state, too. For a next task, Ω is of the path and θ̃ is to
     be what was merged: consolidate with ``params``, then with the result, and take a
@@ -115,10 +116,10 @@ def _evenly(state: Any, params: optax.Params, weight: ArrayLike) -> optax.Params
 
 
 def _by_importance(state: Any, params: optax.Params, new: optax.Params) -> optax.Params:
-    if isinstance(state, KroneckerConsolidationState):
+    if isinstance(state, Shared):
         raise ValueError(
-            "opt_state remembers with Kronecker factors, in which a parameter has no "
-            "importance of its own: weight must be a number."
+            "opt_state remembers with Kronecker factors or products of adapters, in "
+            "which a parameter has no importance of its own: weight must be a number."
         )
     omega, before = remembered(state)
     after = checks.aligned(params, before, "params")

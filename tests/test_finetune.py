@@ -225,6 +225,15 @@ def test_a_slow_curve_ends_where_it_is_not_held():
     np.testing.assert_allclose(found["slow si"], [[0.25, np.nan]] * 2)
 
 
+def test_a_curve_of_held_adapters_ends_with_free_ones():
+    runs = curves()
+    runs["lora"] = {half: [[(2.0, 2.5)]] * 2 for half in ("test", "choice")}
+    runs["lora si c=0.1"] = {half: [[(1.25, 3.0)]] * 2 for half in ("test", "choice")}
+    small = Config(**TOY | {"methods": ("lora si",), "fisher_strengths": (0.1,)})
+    found = findings.at_equal_loss(small, runs, (0.5, 0.75, 1.0))
+    np.testing.assert_allclose(found["lora si"], [[0.25, 1.0, np.nan]] * 2)
+
+
 def test_si_at_a_smaller_learning_rate(monkeypatch):
     small, slow = Config(**TOY), methods.families(Config())["slow si"]
     net = methods.Network(

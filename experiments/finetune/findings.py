@@ -88,9 +88,9 @@ def at_equal_loss(
     of a family's curve where it took as much, by linear interpolation between
     neighbouring points, on the half to choose on; reported is the other half. All
     curves begin at the pretrained network, and those of a strength end with
-    fine-tuning at their learning rate, which is c = 0, if that was run. Means with the
-    pretrained network are a curve a strength; of these the best is taken at each
-    fraction, by the half to choose on.
+    fine-tuning at their learning rate, of adapters alone if so, which is c = 0, if that
+    was run. Means with the pretrained network are a curve a strength; of these the best
+    is taken at each fraction, by the half to choose on.
 
     Returns:
       By family and by how its means are taken, bits a byte ``(seeds, fractions)``; NaN
@@ -100,8 +100,9 @@ def at_equal_loss(
     for name, family in families(config).items():
         slow = str(Label("slow", family.rate))
         last = "fine-tuning" if family.rate == 1 else slow
+        last = "lora" if family.lora else last
         parts = [functools.partial(curve, name, family, runs)]
-        if family.strengths and not family.lora and last in runs:
+        if family.strengths and last in runs:
             parts.append(functools.partial(_end, runs, last))
         growth[name] = _grown(runs, parts, "test", fractions)
     for title, labels in averaged(config, runs).items():
