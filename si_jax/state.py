@@ -189,7 +189,8 @@ def none_of(opt_state: optax.OptState, name: str) -> ValueError:
     """What to say where there is no memory."""
     return checks.missing(
         opt_state,
-        "Synaptic Intelligence, no EWC, Kronecker factors nor products of adapters",
+        "Synaptic Intelligence and no EWC, nor Kronecker factors or products of "
+        "adapters",
         "si_jax.synaptic_intelligence, si_jax.with_synaptic_intelligence, "
         "si_jax.ewc.elastic_weight_consolidation, "
         "si_jax.kronecker.kronecker_consolidation or si_jax.lora.product_consolidation",
