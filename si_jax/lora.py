@@ -12,7 +12,7 @@ whose gradient reaches A and B through the chain rule.
 
 F would be as large as the weight. Of it are kept the sums of its rows R = Σ_j F_ij and
 of its columns C = Σ_i F_ij, as Adafactor does: R Cᵀ / ΣF has the same sums, and of all
-F that have them is the one that says nothing else. With it, and with A B − Ã B̃ taken
+F that have them the largest entropy. With it, and with A B − Ã B̃ taken
 as P Q, where P = [A − Ã, Ã] and Q = [B; B − B̃] are as thin as the adapters, the
 penalty is
 
@@ -98,10 +98,10 @@ def product_consolidation(
       :class:`ProductConsolidationState`.
 
     Raises:
-      ValueError: for a negative ``strength`` (when it is concrete), parameters without
-        an adapter, half of one or two that cannot be multiplied, an update without
-        ``params``, with trees that do not fit the state or with functions to be
-        evaluated.
+      ValueError: for a negative ``strength`` (when it is concrete), one name for A and
+        B, parameters without an adapter, half of one or two that cannot be multiplied,
+        an update without ``params``, with trees that do not fit the state or with
+        functions to be evaluated.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -124,6 +124,8 @@ def product_consolidation(
       Shazeer & Stern, `Adafactor <https://arxiv.org/abs/1804.04235>`_, ICML 2018
     """
     checks.check_strength(strength)
+    if left == right:
+        raise ValueError(f"left and right are the names of A and B, both are {left}.")
     strength = checks.frozen(strength)
 
     def init_fn(params: optax.Params) -> ProductConsolidationState:
@@ -263,7 +265,13 @@ def _unimportant(params: optax.Params, left: str, right: str) -> dict[str, Pair]
         for half, found in halves.items():
             if last == half or last.endswith(f"_{half}"):
                 stem = last[: -len(half)].removesuffix("_")
-                found["/".join([*parents, stem] if stem else parents)] = name, x
+                adapter = "/".join([*parents, stem] if stem else parents)
+                if adapter in found:
+                    raise ValueError(
+                        f"params{found[adapter][0]} and params{name} would both be of "
+                        f"the adapter {adapter}: rename one."
+                    )
+                found[adapter] = name, x
     lone = sorted(halves[left].keys() ^ halves[right].keys())
     if lone or not halves[left]:
         where = f"in {lone[0] or 'params'} one is alone" if lone else "there are none"

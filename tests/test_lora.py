@@ -344,7 +344,8 @@ def test_more_rank_and_new_adapters_are_carried_over_and_the_old_product_is_held
 
 # --- Refused --------------------------------------------------------------------------
 
-STATE = LINK.init(normal(0))
+STATE, ONE = LINK.init(normal(0)), jnp.ones((1, 1))
+PAIR = {"A": ONE, "B": ONE}
 
 
 def end(f, state=STATE):
@@ -364,6 +365,8 @@ def init(**params):
         (lambda: init(x_A=(3, 2), y_B=(2, 3)), "in x one is alone"),
         (lambda: init(A=(2, 3), B=(4, 2)), r"\(2, 3\) .* exchange left and right"),
         (lambda: init(A=(3,), B=(3, 2)), "no adapter"),
+        (lambda: lora.product_consolidation(1.0, "A", "A"), "both are A"),
+        (lambda: LINK.init({"x": PAIR, "x_A": ONE, "x_B": ONE}), "rename"),
         (lambda: LINK.init({"A": jnp.ones((3, 2), int)}), "real floating-point"),
         (lambda: LINK.update(normal(0), STATE), "requires the current value"),
         (lambda: LINK.update(normal(0), STATE, normal(0), grad_fn=init), "grad_fn"),
