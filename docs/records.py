@@ -32,7 +32,10 @@ def choices(*names):
             key = run["method"], run.get("strength", 0.0)
             row = found.setdefault(key, dict.fromkeys(names, ""))
             row[name] = number(f"{name}.{title}.test .3f")
-    first = sorted(found, key=lambda x: (x[0] == "ewc", x[1]))  # fine-tuning is c = 0
+    later = ["ewc", "kronecker"]  # behind SI, of which fine-tuning is c = 0
+    first = sorted(
+        found, key=lambda x: (later.index(x[0]) if x[0] in later else -1, x[1])
+    )
     return [(method, f"{c:g}", *found[method, c].values()) for method, c in first]
 
 
@@ -50,11 +53,16 @@ def choice_of_split_cifar(content):
     return markdown(("c", "accuracy"), *(row[1:] for row in rows))
 
 
-def choice_of_permuted_mnist(content, quick):
+def choice_of_permuted_mnist(content, quick=None):
     """A row a method and strength, the small record beside the other."""
-    titles = {"si": "SI", "ewc": "EWC, c = λ/2"}
-    rows = choices(content["name"], quick)
-    head = ("", "c", "the paper's", "small")
+    titles = {
+        "fine-tuning": "fine-tuning",
+        "si": "SI",
+        "ewc": "EWC, c = λ/2",
+        "kronecker": "Kronecker, c = λ/2",
+    }
+    rows = choices(content["name"], *filter(None, [quick]))
+    head = ("", "c", *(("the paper's", "small") if quick else ("accuracy",)))
     return markdown(head, *((titles[method], *row) for method, *row in rows))
 
 
