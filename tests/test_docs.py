@@ -184,6 +184,13 @@ def best(record, method):
     return max(found, key=found.get)
 
 
+def within(record, method):
+    """Whether the best of a method's strengths has a smaller and a larger one."""
+    found = {read(record)["runs"][x]["strength"] for x in mean(record, method)}
+    chosen = read(record)["runs"][best(record, method)]["strength"]
+    return min(found) < chosen < max(found)
+
+
 def told_apart(record, method):
     """Pairs of a method's runs that the seeds tell apart."""
     ends = {run: value(f"{record}.{run}.test") for run in mean(record, method)}
@@ -301,6 +308,10 @@ def drops(size):
     ("experiment", "name", "arguments"),
     [
         (permuted_mnist, "permuted_mnist", "--seeds 5 --ewc-strengths 1e4 1e6"),
+        *(
+            (permuted_mnist, name, f"--config configs/{name}.toml")
+            for name in ("permuted_mnist_narrow", "permuted_mnist_narrow_choice")
+        ),
         (split_cifar, "split_cifar", "--seeds 3 --micro-batch 0"),
         (split_cifar, "split_cifar_keep_count", "--seeds 3 --keep-count"),
         (
