@@ -17,7 +17,7 @@ METHODS = {
     "fine-tuning",
     "ewc c=1e+06",
     "ewc merged c=1e+06",
-    "kronecker c=100",
+    "kronecker c=3",
     "single",
     "joint",
     "sgd",
