@@ -1,6 +1,7 @@
 """A panel a scenario."""
 
 import itertools
+import math
 from collections.abc import Mapping
 
 import numpy as np
@@ -70,7 +71,7 @@ def scenarios(
         [lines[name] for name in names],
         [labelled(name, np.concatenate(values)) for name, values in every.items()],
         loc="outside lower center",
-        ncols=len(names),
+        ncols=math.ceil(len(names) / math.ceil(len(names) / 7)),  # that fit in a row
         frameon=False,
     )
     return figure
