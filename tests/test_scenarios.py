@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import made_up
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from experiments.data.tasks import look_up, mask_logits
 from experiments.engine import command
@@ -265,6 +266,14 @@ def test_the_figure_has_a_panel_a_scenario():
     assert first.lines[0].get_color() != second.lines[0].get_color()
     texts = [text.get_text() for text in figure.legends[0].get_texts()]
     assert texts == ["si", "joint", "mas"]
+
+
+def test_the_legend_of_all_methods_fits_the_figure():
+    methods = dict.fromkeys(get_args(Name), np.ones((2, 2, 2)))
+    figure = figures.scenarios(dict.fromkeys(SCENARIOS, methods))
+    FigureCanvasAgg(figure).draw()
+    legend = figure.legends[0].get_window_extent()
+    assert figure.bbox.x0 <= legend.x0 < legend.x1 <= figure.bbox.x1
 
 
 @pytest.mark.parametrize("name", ["scenarios", "scenarios_quick"])
