@@ -47,3 +47,41 @@ def test_guide_has_the_record_of_meal():
             for mean, error, n in found.values()
         ]
         assert f" | {' | '.join(cells)} |" in PAGE, arm
+
+
+def fracast(name):
+    return json.loads((ROOT / "trainers/benchmark/fracast.json").read_text())[name]
+
+
+def growth(points, end, fraction):
+    """Of the old loss, along a path of many small steps, where enough is learned."""
+    new = [x["choice"][1] for x in points]
+    level = new[0] - fraction * (new[0] - end)
+    fine = np.linspace(0, len(new) - 1, 20_000 * (len(new) - 1) + 1)
+    reached = np.interp(fine, range(len(new)), new) <= level
+    old = np.interp(fine, range(len(new)), [x["test"][0] for x in points])
+    return old[reached.argmax()] - old[0] if reached.any() else np.nan
+
+
+def test_guide_has_the_record_of_fracast():
+    page = (ROOT / "docs/guides/pretrained.md").read_text()
+    runs = list(fracast("runs").values())
+    assert len(runs) == 3
+    for family, found in fracast("summary").items():
+        cells = []
+        for fraction in (0.5, 0.75, 0.9):
+            values = [
+                growth(run[family], run["early stopping"][-1]["choice"][1], fraction)
+                for run in runs
+            ]
+            values = np.array(values)[np.isfinite(values)]
+            mean, error, n = found[f"{fraction:.0%}"]
+            assert n == len(values)
+            if n:
+                np.testing.assert_allclose(mean, values.mean(), atol=1e-3)
+            if n > 1:
+                expected = np.std(values, ddof=1) / n**0.5
+                np.testing.assert_allclose(error, expected, atol=1e-3)
+            full = n == len(runs)
+            cells.append(f"{mean:.2f} ± {error:.2f}" if full else "–")
+        assert f"| {family} | {' | '.join(cells)} |" in page

@@ -14,6 +14,7 @@ Dataset, free to use where it is named (Klein Tank et al., Int. J. of Climatol. 
 import importlib.metadata
 import json
 import platform
+import subprocess
 import sys
 import time
 from collections import defaultdict
@@ -36,12 +37,12 @@ SETTINGS = {
     "steps": 200,
     "stops": [5, 10, 25, 50, 100],
     "batch_size": 16,
-    "learning_rate": 1e-3,
+    "learning_rate": 3e-4,
     "rates": [0.1, 0.3],
     "strengths": {
-        "si": [1.0, 10.0, 100.0],
-        "fisher": [1.0, 10.0, 100.0],
-        "second moment": [1.0, 10.0, 100.0],
+        "si": [1.0, 10.0, 100.0, 1000.0],
+        "fisher": [10.0, 100.0, 1e3, 1e4, 1e5],
+        "second moment": [10.0, 100.0, 1e3, 1e4, 1e5],
     },
     "weights": [0.2, 0.4, 0.6, 0.8],
     "old series": {"importance": 64, "choice": 64, "test": 128},
@@ -182,14 +183,14 @@ def decode(p, mean, last, fill):
     """The package's head: quantiles ``(horizon, quantile)`` of one series."""
     delta = jnp.arange(1, HORIZON + 1) / CONTEXT
     decays = [jnp.exp(-k * delta) for k in (0.5, 2.0, 8.0)]
-    time = jnp.stack([delta, jnp.log1p(delta) / jnp.log(2.0), *decays], 1)
+    recency = jnp.stack([delta, jnp.log1p(delta) / jnp.log(2.0), *decays], 1)
     summary = jnp.broadcast_to(jnp.concatenate([mean, last[-1]]), (HORIZON, 128))
-    x = linear(p["summary_proj"], jnp.concatenate([time, summary], 1)) + p["queries"]
+    x = linear(p["summary_proj"], jnp.concatenate([recency, summary], 1)) + p["queries"]
     x = norm(p["decoder_norms"]["0"], x + swiglu(p["decoder_ffns"]["0"], x))
     for i, block in p["fc_blocks"].items():
         padded = jnp.pad(x, ((2 * 2 ** int(i), 0), (0, 0)))
         x = norm(block["norm"], x + convolved(block, padded, 2 ** int(i)))
-    q, future = p["future_conv"], jnp.concatenate([fill[:, None], time], 1)
+    q, future = p["future_conv"], jnp.concatenate([fill[:, None], recency], 1)
     z = jnp.concatenate([last, linear(q["in_proj"], future)])
     for dilation in (1, 2, 4, 8, 16, 32):
         convolution = linear(q["block"]["pw"], convolved(q["block"], z, dilation))
@@ -302,15 +303,15 @@ def study(pretrained, old, new, seed):
         print(seed, name, losses, flush=True)
         return {"name": name, **losses}
 
-    def tuned(times=1.0, strength=0.0, omega=none, stop=-1):
+    def tuned(times=1.0, strength=0.0, omega=none, stops=(SETTINGS["steps"],)):
         rate = times * SETTINGS["learning_rate"]
         every, _ = train(pretrained, omega, new["train"], rows, rate, strength)
-        return jax.tree.map(lambda x: x[stop], every)
+        return [jax.tree.map(lambda x, i=i: x[i - 1], every) for i in stops]
 
     start = point("pretrained", pretrained)
     stops = [*SETTINGS["stops"], SETTINGS["steps"]]
-    plain = {i: tuned(stop=i - 1) for i in stops}
-    points = [point(f"{i} steps", x) for i, x in plain.items()]
+    plain = tuned(stops=stops)
+    points = [point(f"{i} steps", x) for i, x in zip(stops, plain, strict=True)]
     end = points[-1]
     families = {"early stopping": [start, *points]}
 
@@ -321,15 +322,15 @@ def study(pretrained, old, new, seed):
         ]
         families[f"{name}, interpolated"] = [start, *of, last]
 
-    slow = {r: tuned(r) for r in SETTINGS["rates"]}
+    slow = {r: tuned(r)[0] for r in SETTINGS["rates"]}
     points = {r: point(f"rate × {r:g}", x) for r, x in slow.items()}
     families["smaller rate"] = [start, *points.values(), end]
-    interpolated("fine-tuning", plain[stops[-1]], end)
+    interpolated("fine-tuning", plain[-1], end)
     interpolated("rate × 0.3", slow[0.3], points[0.3])
     for name, omega in importances(pretrained, old["importance"], seed).items():
         of, points = {}, {}
         for c in reversed(SETTINGS["strengths"][name]):
-            of[c] = tuned(1.0, c, omega)
+            (of[c],) = tuned(1.0, c, omega)
             points[c] = point(f"{name} c={c:g}", of[c])
         families[name] = [start, *points.values(), end]
         best = min(points, key=lambda c: sum(points[c]["choice"]))
@@ -364,22 +365,46 @@ def grew(families, fraction):
 
 
 def summary(runs):
-    """Mean, standard error and number of the seeds that reach it."""
-    table = defaultdict(dict)
+    """Mean, standard error and number of the seeds that reach it.
+
+    By family: the growth where parts of what fine-tuning learns were learned, and both
+    losses at the point that is best by their sum, on the half to choose on.
+    """
+
+    def statistics(values):
+        values = np.array(values)[np.isfinite(values)]
+        n = len(values)
+        error = float(np.std(values, ddof=1) / n**0.5) if n > 1 else None
+        return float(values.mean()) if n else None, error, n
+
+    runs, table = list(runs.values()), defaultdict(dict)
     for fraction in (0.5, 0.75, 0.9):
-        of = [grew(families, fraction) for families in runs.values()]
+        of = [grew(families, fraction) for families in runs]
         for name in of[0]:
-            values = np.array([x[name] for x in of])
-            values = values[np.isfinite(values)]
-            n = len(values)
-            error = float(np.std(values, ddof=1) / n**0.5) if n > 1 else None
-            mean = float(values.mean()) if n else None
-            table[name][f"{fraction:.0%}"] = mean, error, n
-    return table
+            table[name][f"{fraction:.0%}"] = statistics([x[name] for x in of])
+
+    def losses(points):
+        return {
+            text: statistics([x["test"][i] for x in points])
+            for i, text in enumerate(("old", "new"))
+        }
+
+    for name, row in table.items():
+        row |= losses([min(x[name], key=lambda p: sum(p["choice"])) for x in runs])
+    ends = [x["early stopping"] for x in runs]
+    return {
+        "pretrained": losses([x[0] for x in ends]),
+        "fine-tuning": losses([x[-1] for x in ends]),
+        **table,
+    }
 
 
 def data(model):
-    """What the encoder makes of old series, and of early and of late new ones."""
+    """What the encoder makes of old series, and of early and of late new ones.
+
+    New is the mean temperature of the days from the forecast on, up to each: what
+    degree days are made of. That of each day the network forecasts well already.
+    """
     rng = np.random.default_rng(0)
     count = sum(SETTINGS["old series"].values())
     series = {"old": [kernel_synth(rng) for _ in range(count)], "early": [], "late": []}
@@ -393,6 +418,8 @@ def data(model):
     parts = {part: encoded(model, series[part]) for part in series}
     for part, names in station.items():
         parts[part]["station"] = np.array(names)
+        days = np.arange(1, HORIZON + 1, dtype=np.float32)
+        parts[part]["target"] = np.cumsum(parts[part]["target"], 1) / days
     return parts
 
 
@@ -427,6 +454,8 @@ def main(file):
         ours = jax.lax.map(lambda x: decode(pretrained, *x), inputs, batch_size=16)
         differences.append(float(np.abs(ours - forecast).max()))
     assert max(differences) < 1e-5, differences
+    git = ["git", "rev-parse", "HEAD"]
+    commit = subprocess.run(git, check=True, capture_output=True, text=True).stdout
     packages = ["fracast", "continual-foragax", "jax", "optax", "numpy"]
     record = {
         "command": "python -m trainers.benchmark.fracast",
@@ -435,6 +464,7 @@ def main(file):
             **{package: importlib.metadata.version(package) for package in packages},
             "torch": torch.__version__,
             "si_jax": si_jax.__version__,
+            "commit": commit.strip(),
             "python": platform.python_version(),
             "machine": f"{platform.machine()}, {jax.devices()[0].device_kind}",
         },
