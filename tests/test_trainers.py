@@ -68,20 +68,23 @@ def test_guide_has_the_record_of_fracast():
     runs = list(fracast("runs").values())
     assert len(runs) == 3
     for family, found in fracast("summary").items():
-        cells = []
-        for fraction in (0.5, 0.75, 0.9):
-            values = [
-                growth(run[family], run["early stopping"][-1]["choice"][1], fraction)
-                for run in runs
-            ]
-            values = np.array(values)[np.isfinite(values)]
-            mean, error, n = found[f"{fraction:.0%}"]
-            assert n == len(values)
-            if n:
-                np.testing.assert_allclose(mean, values.mean(), atol=1e-3)
-            if n > 1:
-                expected = np.std(values, ddof=1) / n**0.5
-                np.testing.assert_allclose(error, expected, atol=1e-3)
-            full = n == len(runs)
-            cells.append(f"{mean:.2f} ± {error:.2f}" if full else "–")
+        values = {}
+        for run in runs:
+            start, *_, end = run["early stopping"]
+            points = {"pretrained": [start], "fine-tuning": [end], **run}[family]
+            best = min(points, key=lambda x: x["choice"][0] + x["choice"][1])
+            row = dict(zip(("old", "new"), best["test"], strict=True))
+            if family in run:
+                for part in (0.5, 0.75, 0.9):
+                    row[f"{part:.0%}"] = growth(points, end["choice"][1], part)
+            for name, value in row.items():
+                values.setdefault(name, []).append(value)
+        assert set(found) == set(values)
+        for name, of_seeds in values.items():
+            expected = np.mean(of_seeds), np.std(of_seeds, ddof=1) / len(runs) ** 0.5
+            np.testing.assert_allclose(found[name], [*expected, len(runs)], atol=1e-3)
+        cells = [
+            "{:.2f} ± {:.2f}".format(*found[name]) if name in found else ""
+            for name in ("50%", "75%", "90%", "old", "new")
+        ]
         assert f"| {family} | {' | '.join(cells)} |" in page
