@@ -373,6 +373,16 @@ QUANTITIES = {
         *ranks("why_permuted_quick", "*", "mas", "root fisher"),
     ],
     **{
+        f"finetune_quick.{title} at 75": lambda name=name: grew("finetune_quick", 0.75)[
+            name
+        ]
+        for title, name in (
+            ("ewc", "ewc"),
+            ("interpolated", "fine-tuning, interpolated"),
+            ("merged", "fine-tuning, merged"),
+        )
+    },
+    **{
         f"finetune_quick.{name}": lambda name=name: grew("finetune_quick", 0.5)[name]
         for name in ("slow", "si", "slow si", "slow si fisher")
     },
