@@ -381,8 +381,10 @@ def figure(config: Config, runs: Mapping[str, Any]) -> Figure:
         for name, family in families(config).items()
     }
     # Of the means, fine-tuning's and those of the method that keeps the most.
-    every = averaged(config, runs)
-    grown = {k: x[:, 0].mean() for k, x in at_equal_loss(config, runs, (0.75,)).items()}
+    every, grown = {}, {}
+    if "fine-tuning" in runs:  # what is learned is measured by it
+        every, at = averaged(config, runs), at_equal_loss(config, runs, (0.75,))
+        grown = {k: x[:, 0].mean() for k, x in at.items()}
     others = [k for k in every if not k.startswith("fine-tuning")]
     best = sorted(others, key=lambda k: np.nan_to_num(grown[k], nan=np.inf))[:1]
     for title in [k for k in every if k not in others] + best:
