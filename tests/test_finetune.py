@@ -15,7 +15,15 @@ from experiments.data.texts import sha256, shipped
 from experiments.engine import command
 from experiments.engine.command import UserError
 from experiments.finetune import __main__ as finetune
-from experiments.finetune import findings, measures, merges, methods, study, texts
+from experiments.finetune import (
+    figures,
+    findings,
+    measures,
+    merges,
+    methods,
+    study,
+    texts,
+)
 from experiments.finetune.config import Config
 from experiments.finetune.methods import Family
 from experiments.training.loop import Carry
@@ -450,3 +458,13 @@ def test_what_is_held_by_a_run_that_diverged_is_no_number():
     assert findings.held_table({"head": layer}).splitlines()[1].split() == [
         *("head", "100.0%", "diverged", "0.0%", "0.1000")
     ]
+
+
+def test_every_method_is_drawn_however_many_there_are():
+    names = [f"method {i}" for i in range(40)]
+    means = [f"{name}, interpolated" for name in names]
+    points = dict.fromkeys([*names, *means], [[[0.1, 0.01], [1.0, 0.2]]])
+    law = figures.law(points, labels=["KL", "growth"], suptitle="")
+    frontier = figures.frontier(points, start=[[3.0, 1.0]], labels=["new", "old"])
+    for figure, more in ((law, 0), (frontier, 1)):
+        assert len(figure.axes[0].containers) == 80 + more

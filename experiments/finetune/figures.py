@@ -39,7 +39,7 @@ def frontier(
     """
     figure = Figure(figsize=(6.2, 4.4), layout="constrained")
     axes = figure.subplots()
-    styles = itertools.product(("-", "--"), "os^Dvp*X")
+    styles = itertools.cycle(itertools.product(("-", "--"), "os^Dvp*X"))
     colours = itertools.cycle([*COLOURS, "navy", "black"])
     for (name, values), (line, marker), colour in zip(
         curves.items(), styles, colours, strict=False
@@ -103,7 +103,8 @@ def law(
     """
     figure = Figure(figsize=(7.2, 4.8), layout="constrained")
     axes = figure.subplots()
-    colours = dict(zip(dict.fromkeys(map(_family, points)), _COLOURS, strict=False))
+    families = dict.fromkeys(map(_family, points))
+    colours = dict(zip(families, itertools.cycle(_COLOURS), strict=False))
     for name, values in points.items():
         x, y = np.moveaxis(np.asarray(values, np.float64), -1, 0)
         shown = (x.mean(0) > 0) & (y.mean(0) > 0)
