@@ -295,10 +295,11 @@ def test_means_are_curves_of_their_own_and_the_best_strength_is_chosen():
     assert "si, interpolated" in findings.equal_table(small, runs)
 
 
-def test_the_law_is_that_of_smaller_rates():
+@pytest.mark.parametrize("rates", [(0.1, 0.3), (0.3, 0.1)])
+def test_the_law_is_that_of_smaller_rates(rates):
     """Plain fine-tuning forgets KL², a penalty a third of it at equal KL."""
     small = Config(
-        **TOY | {"methods": ("fine-tuning", "slow", "si"), "slow_factors": (0.1, 0.3)}
+        **TOY | {"methods": ("fine-tuning", "slow", "si"), "slow_factors": rates}
     )
 
     def losses(*kl, share=1.0):
@@ -323,7 +324,10 @@ def test_the_law_is_that_of_smaller_rates():
         expected = 1.0 if name == "fine-tuning" else 1 / 3
         np.testing.assert_allclose(ratio, [expected] * 2, rtol=1e-9)
     assert findings.off_the_law(small, {"runs": runs}) == {}
-    assert findings.law_figure(small, content).axes
+    line, *_ = findings.law_figure(small, content).axes[0].containers
+    np.testing.assert_allclose(line[0].get_xdata(), [0.1, 1.0, 4.0])
+    runs["si c=10"] = losses(0.5, share=-1.0)  # it gained
+    assert np.isnan(findings.off_the_law(small, content)["si"]).all()
 
 
 def test_networks_are_measured_as_they_were_evaluated(files, tmp_path):
@@ -345,7 +349,7 @@ def test_networks_are_measured_as_they_were_evaluated(files, tmp_path):
         )
         label = methods.Label("fine-tuning", role="interpolated")
         for weight, expected in ((0.0, "pretraining"), (1.0, "fine-tuning")):
-            (mean,) = merges.averages(made, label, range(2), base, end, [weight])
+            (mean,) = merges.averages(made, label, range(2), base, end, [weight], None)
             found = merges.losses(made, range(2), base, False, mean)
             for half in ("test", "choice"):
                 np.testing.assert_allclose(
@@ -355,6 +359,23 @@ def test_networks_are_measured_as_they_were_evaluated(files, tmp_path):
             found["divergence"], np.array(record["divergence"]["fine-tuning"])[:, -1]
         )
     assert (found["divergence"] > 0).all()
+
+
+def test_seeds_whose_networks_are_there_wait_for_those_that_are_gone(files, tmp_path):
+    whole = {name: path for name, path in files.items() if name != "third"}
+    settings = {"methods": ("fine-tuning",), "third_steps": 0}
+    run(config(whole, tmp_path, seeds=1, **settings))
+    path = tmp_path / "results.json"
+    record = json.loads(path.read_text())
+    del record["divergence"]
+    for label in ("interpolated", "merged"):
+        del record["runs"][f"fine-tuning, {label}"]
+    path.write_text(json.dumps(record))
+    shutil.rmtree(tmp_path / "checkpoints")
+    more = run(config(whole, tmp_path, seeds=2, **settings))
+    assert len(more["runs"]["fine-tuning"]["test"]) == 2
+    assert set(more["runs"]) == {"pretraining", "fine-tuning"}
+    assert "divergence" not in more
 
 
 @pytest.mark.parametrize("name", ["merge_weights", "merge_factors"])
@@ -463,7 +484,7 @@ def test_what_is_held_by_a_run_that_diverged_is_no_number():
 def test_every_method_is_drawn_however_many_there_are():
     names = [f"method {i}" for i in range(40)]
     means = [f"{name}, interpolated" for name in names]
-    points = dict.fromkeys([*names, *means], [[[0.1, 0.01], [1.0, 0.2]]])
+    points = {name: [[[0.1, 0.01], [1.0, 0.2]]] for name in (*names, *means)}
     law = figures.law(points, labels=["KL", "growth"], suptitle="")
     frontier = figures.frontier(points, start=[[3.0, 1.0]], labels=["new", "old"])
     for figure, more in ((law, 0), (frontier, 1)):

@@ -38,12 +38,22 @@ from si_jax import ewc, sweep
 def measure(study: Study) -> None:
     """Record what is missing of the methods that are finished."""
     record = study.record
+
+    @functools.cache
+    def pretrained(seeds: range) -> Any:
+        return study.carry(PRETRAINING, seeds).params
+
+    @functools.cache
+    def needed(seeds: range) -> Any:
+        """The Fisher information of the old text."""
+        return fisher(study, pretrained(seeds), 0, seeds)
+
     for name, family in families(study.config).items():
         for arm in arms(name, family):
             begin = 0
             for part in record.runs[str(arm)].get("parts") or [{}]:
                 seeds = range(begin, begin + part.get("seeds", count_of(study, arm)))
-                of_group(study, family, arm, seeds)
+                of_group(study, family, arm, seeds, pretrained, needed)
                 begin = seeds.stop
 
 
@@ -53,14 +63,24 @@ def count_of(study: Study, label: Label) -> int:
     return count(run) if run else 0
 
 
-def of_group(study: Study, family: Family, arm: Label, seeds: range) -> None:
-    """The same, of seeds that were trained together."""
+def of_group(
+    study: Study,
+    family: Family,
+    arm: Label,
+    seeds: range,
+    pretrained: Callable[[range], Any],
+    needed: Callable[[range], Any],
+) -> None:
+    """The same, of seeds that were trained together.
+
+    They wait for those before them, with which they would be confused.
+    """
     config, record = study.config, study.record
     known = record.content.get(DIVERGENCE, {})
 
     def missing(label: Label) -> bool:
         noted = len(known.get(str(label), []))
-        return min(noted, count_of(study, label)) <= seeds.start
+        return min(noted, count_of(study, label)) == seeds.start
 
     todo = {k: x for k, x in means(config, arm, family).items() if missing(k)}
     if not todo and not missing(arm):
@@ -69,7 +89,7 @@ def of_group(study: Study, family: Family, arm: Label, seeds: range) -> None:
     end = driver.kept(run, record)
     if end is None:
         return
-    base = study.carry(PRETRAINING, seeds).params
+    base = pretrained(seeds)
     ends = functools.partial(losses, study, seeds, base, family.lora)
     if missing(arm):
         several = not family.strengths
@@ -78,7 +98,7 @@ def of_group(study: Study, family: Family, arm: Label, seeds: range) -> None:
         note(study, arm, seeds, np.stack(found, axis=1))
     for label, weights in todo.items():
         start = time.perf_counter()
-        networks = averages(study, label, seeds, base, end.params, weights)
+        networks = averages(study, label, seeds, base, end.params, weights, needed)
         rows = [ends(params) for params in networks]
         result: dict[str, Any] = {
             k: np.stack([row[k] for row in rows], axis=1) for k in rows[0]
@@ -101,19 +121,23 @@ def note(study: Study, label: Label, seeds: range, divergence: np.ndarray) -> No
 def averages(
     study: Study,
     label: Label,
-    seeds: Sequence[int],
+    seeds: range,
     base: Any,
     params: Any,
     weights: Sequence[float],
+    needed: Callable[[range], Any],
 ) -> Iterator[Any]:
     """The pretrained networks and the fine-tuned, averaged with each of the weights."""
     if label.role == "interpolated":
         return (_evenly(base, params, np.float32(w)) for w in weights)
-    old, new = (
-        measured(study.config, half_fisher, False, (x, None), study.windows(i), seeds)
-        for i, x in enumerate((base, params))
-    )
+    old, new = needed(seeds), fisher(study, params, 1, seeds)
     return (_by_importance(base, params, old, new, np.float32(w)) for w in weights)
+
+
+def fisher(study: Study, params: Any, text: int, seeds: range) -> Any:
+    """Half the Fisher information of some networks on a text."""
+    windows = study.windows(text)
+    return measured(study.config, half_fisher, False, (params, None), windows, seeds)
 
 
 @jax.jit
