@@ -194,7 +194,7 @@ def gone(config: Config, content: Mapping[str, Any]) -> dict[str, np.ndarray]:
         return np.stack([np.asarray(kl)[:n], grown[:n] - before[:n]], axis=-1)
 
     families_of = {
-        name: arms(name, family) for name, family in families(config).items()
+        name: ordered(name, family) for name, family in families(config).items()
     }
     found = {}
     for title, labels in (families_of | averaged(config, runs)).items():
@@ -213,8 +213,8 @@ def off_the_law(config: Config, content: Mapping[str, Any]) -> dict[str, np.ndar
 
     Returns:
       By family and by how its means are taken, ``(seeds,)``: the geometric mean of the
-      ratio over its points within the curve's reach; NaN where there are none. Nothing
-      if the curve is not there.
+      ratio over its points within the curve's reach; NaN where there are none, or where
+      one forgot nothing. Nothing if the curve is not there.
     """
     every = gone(config, content)
     if not {"fine-tuning", "slow"} <= every.keys():
@@ -227,10 +227,13 @@ def off_the_law(config: Config, content: Mapping[str, Any]) -> dict[str, np.ndar
     for title, points in every.items():
         rows = []
         for along, at in zip(plain, points, strict=False):
+            along = along[np.argsort(along[:, 0])]  # the rates may be in any order
             inside = (at[:, 0] >= along[0, 0]) & (at[:, 0] <= along[-1, 0])
-            expected = np.interp(np.log(at[inside, 0]), *np.log(along).T)
-            ratio = np.log(at[inside, 1]) - expected
-            rows.append(np.exp(ratio.mean()) if inside.any() else np.nan)
+            with np.errstate(divide="ignore", invalid="ignore"):
+                (x, y), curve = np.log(at[inside]).T, np.log(along).T
+            ratio = y - np.interp(x, *curve)
+            finite = len(x) and np.isfinite(ratio).all()
+            rows.append(np.exp(ratio.mean()) if finite else np.nan)
         ratios[title] = np.array(rows)
     return ratios
 
