@@ -42,15 +42,15 @@ def merge(
     fresh optimizer (:func:`si_jax.reset_optimizer`).
 
     Args:
-      opt_state: the state of an optimizer with Synaptic Intelligence, EWC or Kronecker
-        factors, before the task's end is consolidated. With strength 0, it only keeps
-        θ̃.
+      opt_state: the state of an optimizer with a memory, Synaptic Intelligence, EWC,
+        Kronecker factors or products of adapters, before the task's end is
+        consolidated. With strength 0, it only keeps θ̃.
       params: the parameters after the task.
       weight: w, between 0, which gives θ̃, and 1, which gives ``params``; may be traced.
-        Or F: a tree of arrays at least 0 like ``params``, in the units of Ω
+        A scalar is a number, also where ``params`` is one. Or F: a tree of arrays at least 0 like ``params``, in the units of Ω
         (:func:`si_jax.importance.fisher`, :func:`si_jax.importance.second_moment`, of
-        the new task); times a number to prefer one of the two. Where Ω and F are 0,
-        ``params`` stays.
+        the new task); times a number to prefer one of the two. Where F and Ω are 0 (or Ω
+        negative), ``params`` stays.
 
     Returns:
       A tree like ``params``, of its dtypes. What ``optax.masked`` hides from the memory
@@ -60,7 +60,7 @@ def merge(
       ValueError: if there is no memory in ``opt_state``, or several of a parameter (SI
         and EWC: pass the part that you mean), if ``params`` or ``weight`` do not fit
         it, if ``weight`` is outside of [0, 1], negative or not finite (when it is
-        concrete), or is a tree and the memory that of Kronecker factors.
+        concrete), or is a tree and the memory of Kronecker factors or of products.
 
     Example:
       >>> import jax.numpy as jnp, optax, si_jax
@@ -85,7 +85,7 @@ def merge(
         w = checks.number("weight", weight)
         if w is not None and not 0 <= w <= 1:
             raise ValueError(
-                f"weight must be between 0, the parameters before the task, and 1, "
+                "weight must be between 0, the parameters before the task, and 1, "
                 f"those after it; got {weight}."
             )
     merged: dict[Any, jax.Array] = {}
