@@ -8,7 +8,7 @@ import numpy as np
 import optax
 from jax.typing import DTypeLike
 
-from si_jax.pytrees import align, wide, zeros
+from si_jax.pytrees import align, unboxed, wide, zeros
 
 # The message of optax's own transformations, which do not export it.
 NO_PARAMS_MSG = (
@@ -151,7 +151,7 @@ def number(name: str, value: Any) -> Any:
 
 def scalar(x: Any) -> jax.Array:
     """A hyperparameter of the state, out of the box that nnx puts it in."""
-    (value,) = jax.tree.leaves(x)
+    value = unboxed(x)
     if jnp.ndim(value) != 0:
         raise ValueError(
             f"opt_state is batched, {jnp.shape(value)} at the front of every array: "

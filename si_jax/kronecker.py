@@ -40,7 +40,7 @@ import optax
 from jax.typing import ArrayLike
 
 from si_jax import checks, surrogate
-from si_jax.pytrees import align, map_states, states, wide
+from si_jax.pytrees import align, copied, map_states, states, unboxed, wide
 
 _Named = dict[str, jax.Array]
 
@@ -243,11 +243,7 @@ def consolidate(
         leaves = jax.tree.leaves(_merged(old, new))
         return state._replace(
             factors=jax.tree.unflatten(jax.tree.structure(state.factors), leaves),
-            reference=jax.tree.map(
-                lambda p, ref: jnp.array(p, jnp.result_type(ref)),
-                theta,
-                state.reference,
-            ),
+            reference=copied(theta, state.reference),
         )
 
     if not states(opt_state, KroneckerConsolidationState):
@@ -466,13 +462,9 @@ def _check_values(factors: Factors) -> None:
 def plain(factors: Factors) -> Factors:
     """The factors out of the boxes that nnx puts arrays in."""
 
-    def leaf(x: Any) -> jax.Array:
-        (array,) = jax.tree.leaves(x)
-        return array
-
     def layer(x: Layer) -> Layer:
-        bias = {name: leaf(mean) for name, mean in x.bias.items()}
-        return Layer(leaf(x.inputs), leaf(x.outputs), bias, leaf(x.tasks))
+        bias = {name: unboxed(mean) for name, mean in x.bias.items()}
+        return Layer(unboxed(x.inputs), unboxed(x.outputs), bias, unboxed(x.tasks))
 
     layers = {name: layer(x) for name, x in factors.layers.items()}
-    return Factors(layers, {name: leaf(x) for name, x in factors.diagonal.items()})
+    return Factors(layers, {name: unboxed(x) for name, x in factors.diagonal.items()})

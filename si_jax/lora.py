@@ -33,7 +33,7 @@ from jax.typing import ArrayLike
 
 from si_jax import checks, surrogate
 from si_jax.kronecker import name_of, named
-from si_jax.pytrees import align, map_states, states, wide
+from si_jax.pytrees import align, copied, map_states, states, unboxed, wide
 
 
 class Pair(NamedTuple):
@@ -201,11 +201,7 @@ def consolidate(
         leaves = jax.tree.leaves(jax.tree.map(jnp.add, old, new))
         return state._replace(
             pairs=jax.tree.unflatten(jax.tree.structure(state.pairs), leaves),
-            reference=jax.tree.map(
-                lambda p, ref: jnp.array(p, jnp.result_type(ref)),
-                theta,
-                state.reference,
-            ),
+            reference=copied(theta, state.reference),
         )
 
     if not states(opt_state, ProductConsolidationState):
@@ -324,12 +320,7 @@ def _sums(importance: Any, pairs: dict[str, Pair]) -> dict[str, Pair]:
 
 def plain(pairs: dict[str, Pair]) -> dict[str, Pair]:
     """The sums out of the boxes that nnx puts arrays in."""
-
-    def leaf(x: Any) -> jax.Array:
-        (array,) = jax.tree.leaves(x)
-        return array
-
     return {
-        name: Pair(*({key: leaf(x) for key, x in kept.items()} for kept in pair))
+        name: Pair(*({key: unboxed(x) for key, x in kept.items()} for kept in pair))
         for name, pair in pairs.items()
     }

@@ -47,10 +47,10 @@ def merge(
         consolidated. With strength 0, it only keeps θ̃.
       params: the parameters after the task.
       weight: w, between 0, which gives θ̃, and 1, which gives ``params``; may be traced.
-        A scalar is a number, also where ``params`` is one. Or F: a tree of arrays at least 0 like ``params``, in the units of Ω
-        (:func:`si_jax.importance.fisher`, :func:`si_jax.importance.second_moment`, of
-        the new task); times a number to prefer one of the two. Where F and Ω are 0 (or Ω
-        negative), ``params`` stays.
+        A scalar is a number, also where ``params`` is one. Or F: a tree of arrays at
+        least 0 like ``params``, in the units of Ω (:func:`si_jax.importance.fisher`,
+        :func:`si_jax.importance.second_moment`, of the new task); times a number to
+        prefer one of the two. Where Ω is not above 0, ``params`` stays.
 
     Returns:
       A tree like ``params``, of its dtypes. What ``optax.masked`` hides from the memory

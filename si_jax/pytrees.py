@@ -47,6 +47,17 @@ def zeros(x: jax.Array) -> jax.Array:
     return jnp.where(x == 0, x, 0)
 
 
+def copied(tree: Any, like: Any) -> Any:
+    """A copy in the dtypes of ``like``: neither may donate the other's buffer."""
+    return jax.tree.map(lambda x, old: jnp.array(x, jnp.result_type(old)), tree, like)
+
+
+def unboxed(x: Any) -> jax.Array:
+    """The array out of the box that nnx puts it in."""
+    (array,) = jax.tree.leaves(x)
+    return array
+
+
 def align(tree: Any, like: optax.Params, name: str) -> Any:
     """The leaves of ``tree``, matched by key path, in the containers of ``like``.
 

@@ -43,7 +43,7 @@ from si_jax.checks import (
 from si_jax.ewc import ElasticWeightConsolidationState
 from si_jax.kronecker import KroneckerConsolidationState
 from si_jax.lora import ProductConsolidationState
-from si_jax.pytrees import map_states, states, stored, wide, zeros
+from si_jax.pytrees import copied, map_states, states, stored, wide, zeros
 from si_jax.surrogate import Memory, Penalty, pull_back, refuse_functions
 
 
@@ -150,7 +150,7 @@ def _consolidate(state: _State, params: optax.Params) -> _State:
         synapses=Synapses(
             path_integral=jax.tree.map(zeros, path_integral),
             importance=jax.tree.map(leaf, path_integral, importance, reference, params),
-            reference=_copy(params, reference),
+            reference=copied(params, reference),
         )
     )
 
@@ -182,8 +182,8 @@ def observe(
     omega = _integrate(state.synapses.path_integral, credited, movement, params)
     return state._replace(
         synapses=state.synapses._replace(path_integral=omega),
-        last_params=_copy(params, state.last_params),
-        last_grads=_copy(grads, state.last_grads),
+        last_params=copied(params, state.last_params),
+        last_grads=copied(grads, state.last_grads),
     )
 
 
@@ -284,7 +284,7 @@ def synaptic_intelligence(
         return SynapticIntelligenceState(
             synapses,
             *_hyperparameters(strength, damping, nonnegative),
-            last_params=_copy(params, params),
+            last_params=copied(params, params),
             last_grads=zeros_wide(params),
             pending=jnp.array(False),
         )
@@ -513,11 +513,6 @@ def remembered(memory: Any) -> tuple[optax.Params, optax.Params]:
 
 
 # --- Initial values and checks --------------------------------------------------------
-
-
-def _copy(tree: Any, like: Any) -> Any:
-    """A copy in the dtypes of ``like``: neither may donate the other's buffer."""
-    return jax.tree.map(lambda x, old: jnp.array(x, jnp.result_type(old)), tree, like)
 
 
 def _penalties(state: WithSynapticIntelligenceState) -> list[Any]:
