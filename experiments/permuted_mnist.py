@@ -28,7 +28,7 @@ from experiments.engine.tables import (
     seeds_row,
 )
 from experiments.networks.models import MLP
-from experiments.split_mnist import NAMES
+from experiments.split_mnist import IMAGE_SHAPE, NAMES
 from experiments.training.boundaries import (
     consolidate,
     consolidate_fisher,
@@ -64,7 +64,6 @@ PUBLISHED = {
         *(0.7286, 0.6670, 0.6680, 0.5850, 0.5741),
     ],
 }
-IMAGE_SHAPE = (28, 28, 1)
 TRAIN_EVALUATED = 10_000  # of each task's training examples, to evaluate on
 
 

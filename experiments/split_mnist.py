@@ -22,6 +22,7 @@ from experiments.training.boundaries import consolidate, reset
 from experiments.training.classifier import learner
 from experiments.training.loop import Boundary, Learner
 
+IMAGE_SHAPE = (28, 28, 1)
 GROUPS = [(0, 1), (2, 3), (4, 5), (6, 7), (8, 9)]
 TITLES = [f"{a} or {b}" for a, b in GROUPS]
 NAMES = {"tfds": "MNIST", "mnist5k": "mnist5k (5,000 digits of MNIST)"}
@@ -126,7 +127,7 @@ def make_learner(
         return learner(
             model,
             tx,
-            (28, 28, 1),
+            IMAGE_SHAPE,
             batch_size=config.batch_size,
             boundary=boundary,
         )

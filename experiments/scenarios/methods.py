@@ -10,6 +10,7 @@ import optax
 import si_jax
 from experiments.networks.models import MLP
 from experiments.scenarios.config import Config
+from experiments.split_mnist import IMAGE_SHAPE
 from experiments.training.boundaries import (
     consolidate,
     consolidate_fisher,
@@ -23,8 +24,6 @@ from experiments.training.boundaries import (
 from experiments.training.classifier import learner
 from experiments.training.loop import Boundary, Learner
 from si_jax import ewc, kronecker
-
-IMAGE_SHAPE = (28, 28, 1)
 
 
 class Arm(NamedTuple):
