@@ -5,7 +5,8 @@ RECORD is a file of ``experiments/results``. RUN is a run's name, without its st
 where the record has one only; ``A - B`` is their difference, seed for seed; ``*``
 stands for any letters: all runs that fit. MEASURE is one of ``MEASURES`` or a number of
 the run's own; ``test[2]`` is the second task's, ``test[-1]`` the last one's, and
-``test[*]`` has an axis for them. STATISTIC is mean, min, max, sum or abs.
+``test[*]`` has an axis for them. RECORD.FAMILY at P is what a method of fine-tuning has
+forgotten where it has learned P %. STATISTIC is mean, min, max, sum or abs.
 What is said once only has a name among ``QUANTITIES``.
 """
 
@@ -199,7 +200,9 @@ MEASURES = {
     "with_earlier": functools.partial(of_omega, permuted_mnist.with_earlier),
 }
 OVER_TASKS = ("test", "train", "authors")  # averaged where no task is named
-OVER_SEEDS = r"[^*]+\.(test|train|forgetting|noise|bias|lost|more)(\[-?\d+\])?"
+OVER_SEEDS = (
+    r"[^*]+\.(test|train|forgetting|noise|bias|lost|more)(\[-?\d+\])?|[^*]+ at \d+"
+)
 
 
 def value(words):
@@ -209,7 +212,16 @@ def value(words):
       ValueError: what of it there is not, and what there is.
     """
     path, statistic = re.fullmatch(r"(.*?)(?: (mean|min|max|sum|abs))?", words).groups()
-    found = np.atleast_1d(QUANTITIES.get(path, lambda: measured(path))())
+    grown = re.fullmatch(r"(finetune\w*)\.(.+) at (\d+)", path)
+    if path in QUANTITIES:
+        found = QUANTITIES[path]()
+    elif grown:
+        record, family, percent = grown.groups()
+        families = grew(record, int(percent) / 100)
+        found = families[one_of(family, families, "family")]
+    else:
+        found = measured(path)
+    found = np.atleast_1d(found)
     return getattr(np, statistic)(found) if statistic else found
 
 
@@ -372,18 +384,4 @@ QUANTITIES = {
         *ranks("why_permuted", "*", "mas", "root fisher"),
         *ranks("why_permuted_quick", "*", "mas", "root fisher"),
     ],
-    **{
-        f"finetune_quick.{title} at 75": lambda name=name: grew("finetune_quick", 0.75)[
-            name
-        ]
-        for title, name in (
-            ("ewc", "ewc"),
-            ("interpolated", "fine-tuning, interpolated"),
-            ("merged", "fine-tuning, merged"),
-        )
-    },
-    **{
-        f"finetune_quick.{name}": lambda name=name: grew("finetune_quick", 0.5)[name]
-        for name in ("slow", "si", "slow si", "slow si fisher")
-    },
 }

@@ -240,8 +240,8 @@ TEXTS = read("finetune")["config"]
 
 
 @functools.cache
-def grew(fraction):
-    return {x: y.mean() for x, y in quoted.grew("finetune", fraction).items()}
+def grew(fraction, record="finetune"):
+    return {x: y.mean() for x, y in quoted.grew(record, fraction).items()}
 
 
 def grown(name):
