@@ -6,7 +6,8 @@ where the record has one only; ``A - B`` is their difference, seed for seed; ``*
 stands for any letters: all runs that fit. MEASURE is one of ``MEASURES`` or a number of
 the run's own; ``test[2]`` is the second task's, ``test[-1]`` the last one's, and
 ``test[*]`` has an axis for them. RECORD.FAMILY at P is what a method of fine-tuning has
-forgotten where it has learned P %. STATISTIC is mean, min, max, sum or abs.
+forgotten where it has learned P %, RECORD.FAMILY at equal KL by what plain fine-tuning
+has where it went as far. STATISTIC is mean, min, max, sum or abs.
 What is said once only has a name among ``QUANTITIES``.
 """
 
@@ -200,9 +201,8 @@ MEASURES = {
     "with_earlier": functools.partial(of_omega, permuted_mnist.with_earlier),
 }
 OVER_TASKS = ("test", "train", "authors")  # averaged where no task is named
-OVER_SEEDS = (
-    r"[^*]+\.(test|train|forgetting|noise|bias|lost|more)(\[-?\d+\])?|[^*]+ at \d+"
-)
+OF_SEEDS = "test", "train", "forgetting", "noise", "bias", "lost", "more"
+OVER_SEEDS = rf"[^*]+(\.({'|'.join(OF_SEEDS)})(\[-?\d+\])?| at (\d+|equal KL))"
 
 
 def value(words):
@@ -212,13 +212,13 @@ def value(words):
       ValueError: what of it there is not, and what there is.
     """
     path, statistic = re.fullmatch(r"(.*?)(?: (mean|min|max|sum|abs))?", words).groups()
-    grown = re.fullmatch(r"(finetune\w*)\.(.+) at (\d+)", path)
+    finetuned = re.fullmatch(r"(finetune\w*)\.(.+) at (equal KL|\d+)", path)
     if path in QUANTITIES:
         found = QUANTITIES[path]()
-    elif grown:
-        record, family, percent = grown.groups()
-        families = grew(record, int(percent) / 100)
-        found = families[one_of(family, families, "family")]
+    elif finetuned:
+        record, family, at = finetuned.groups()
+        by_family = by_kl(record) if at == "equal KL" else grew(record, int(at) / 100)
+        found = by_family[one_of(family, by_family, "family")]
     else:
         found = measured(path)
     found = np.atleast_1d(found)
@@ -325,6 +325,12 @@ def grew(record, fraction):
     content = read(record)
     found = findings.at_equal_loss(content["config"], content["runs"], (fraction,))
     return {name: values[:, 0] for name, values in found.items()}
+
+
+def by_kl(record):
+    """By family: what it has forgotten by what plain fine-tuning has at its KL."""
+    content = read(record)
+    return findings.off_the_law(content["config"], content)
 
 
 def times_of_torch():
