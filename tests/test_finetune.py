@@ -351,7 +351,7 @@ def test_networks_are_measured_as_they_were_evaluated(files, tmp_path):
 
 
 def test_where_networks_are_gone(files, tmp_path):
-    """The pretrained are trained again; later seeds' means wait for the earlier ones'."""
+    """The pretrained are trained again; later seeds' means wait for earlier ones'."""
     whole = {name: path for name, path in files.items() if name != "third"}
     settings = {"third_steps": 0, "merge_weights": (0.5,), "merge_factors": ()}
     first = run(config(whole, tmp_path, **settings, seeds=1, methods=("fine-tuning",)))
