@@ -61,7 +61,7 @@ class Config(split_mnist.Setting):
     """Likewise, c of eq. 4."""
     ewc_strengths: tuple[float, ...] = (1e6, 1e8, 1e10, 1e12)
     """Likewise, c = λ/2, of EWC, online EWC and Squisher."""
-    kronecker_strengths: tuple[float, ...] = (10.0, 100.0, 1e3, 1e4, 1e5)
+    kronecker_strengths: tuple[float, ...] = (1e3, 1e5, 1e7, 1e9)
     """Likewise, c = λ/2 of EWC with Kronecker factors."""
     mas_strengths: tuple[float, ...] = (0.1, 10.0, 1e3, 1e5)
     """Likewise, c = λ of MAS."""
