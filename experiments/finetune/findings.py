@@ -82,7 +82,7 @@ def choose(config: Config, runs: Mapping[str, Any]) -> dict[str, tuple[Label, in
 def at_equal_loss(
     config: Config, runs: Mapping[str, Any], fractions: Sequence[float]
 ) -> dict[str, np.ndarray]:
-    """How much each family's loss on the old text grew, for what it learned.
+    """Forgetting: each family's loss on the old text, after minus before.
 
     For each fraction of what fine-tuning takes from the loss on the new text, the point
     of a family's curve where it took as much, by linear interpolation between
@@ -335,9 +335,9 @@ def report(study: Study) -> None:
     if "fine-tuning" in runs:
         gone = any("diverged" in run for run in runs.values())
         print(
-            "\nHow much the loss on the old text grew where a method has learned as "
-            "much of the new one,\nas a part of what fine-tuning learns; – where it "
-            "is not reached" + ", or one diverged" * gone
+            "\nForgetting, the loss on the old text after minus before, where a method "
+            "has learned as\nmuch of the new one, as a part of what fine-tuning "
+            "learns; – where it is not reached" + ", or one diverged" * gone
         )
         print(equal_table(config, runs))
     if off_the_law(config, record.content):
@@ -413,7 +413,7 @@ def law_figure(config: Config, content: Mapping[str, Any]) -> Figure:
         {"smaller rates": plain, "early stopping": first["fine-tuning"], **every},
         labels=[
             f"KL(network ‖ pretrained) on the {names[1]}, bits a byte",
-            f"Growth of the loss on the {names[0]}, bits a byte",
+            f"Forgetting of the {names[0]}, bits a byte",
         ],
         suptitle=f"Held-out text, {over_seeds(dict(content['runs']))}",
     )
