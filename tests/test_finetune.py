@@ -362,9 +362,10 @@ def test_where_networks_are_gone(files, tmp_path):
     shutil.rmtree(tmp_path / "checkpoints")
     more = run(config(whole, tmp_path, **settings | {"si_strengths": (0.1,)}))
     for label in ("pretraining", "fine-tuning"):
-        found = more["runs"][label]["test"]
-        assert len(found) == 2
-        assert found[:1] == first["runs"][label]["test"]
+        for part in ("test", "choice", "initial"):
+            found = more["runs"][label][part]
+            assert len(found) == 2
+            assert found[:1] == first["runs"][label][part]
     assert "fine-tuning, interpolated" not in more["runs"]
     assert set(more["divergence"]) == {"si c=0.1", "si c=0.1, interpolated"}
     before = np.array(more["runs"]["pretraining"]["test"])[:, -1]

@@ -276,10 +276,14 @@ def test_the_legend_of_all_methods_fits_the_figure():
     assert figure.bbox.x0 <= legend.x0 < legend.x1 <= figure.bbox.x1
 
 
-def test_methods_can_be_added_to_a_record_that_does_not_know_their_strengths(tmp_path):
-    arguments = ["--out", str(tmp_path), "--methods", "kronecker"]
-    committed = json.loads((RESULTS / "scenarios.json").read_text())
-    committed["config"].pop("kronecker_strengths", None)
+@pytest.mark.parametrize("name", ["scenarios", "scenarios_quick"])
+def test_methods_can_be_added_to_a_committed_record(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(command.CONFIGS.parent)
+    file = f"configs/{name}.toml"
+    arguments = ["--config", file, "--out", str(tmp_path), "--methods", "kronecker"]
+    committed = json.loads((RESULTS / f"{name}.json").read_text())
+    if name == "scenarios":  # what a record does not know has the default strengths
+        del committed["config"]["kronecker_strengths"]
     (tmp_path / "results.json").write_text(json.dumps(committed))
     record = Record("scenarios", command.parse(Config, "scenarios", arguments))
     assert record.runs.keys() == committed["runs"].keys()
